@@ -1,0 +1,230 @@
+"""What learners call: `check` and `hint` in a notebook, `check_notebook` behind `llmcourse check`."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import io
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from llmcourse import report, source, submission, workspace
+from llmcourse.engine import Engine
+from llmcourse.exercise import Exercise, exercise_paths, find
+from llmcourse.judging import InProcess, Verdict, expectations, judge
+
+MAX_STDERR_CHARS = 400
+PRELOAD = ("torch._dynamo", "optim")
+_unfolded: dict[str, int] = {}
+
+
+class Score(float):
+    """Points earned, with the report as its notebook form: as a cell's last value it is both."""
+
+    verdict: Verdict
+
+    def __new__(cls, verdict: Verdict) -> Score:
+        score = super().__new__(cls, verdict.points)
+        score.verdict = verdict
+        return score
+
+    def __repr__(self) -> str:
+        return float.__repr__(self)
+
+    def _repr_html_(self) -> str:
+        return report.html(self.verdict)
+
+
+class Hint(str):
+    """A hint as text, with a notebook form."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return report.hint_html(str(self))
+
+
+def check(answer: Callable[..., Any], *, seed: int | None = None) -> Score:
+    """Judge one answer in this process and report: each case, the misconception by name, costs, points.
+
+    seed: repeat the inputs of an earlier report; fresh inputs otherwise. The value is the points earned.
+    """
+    number = seed if seed is not None else _fresh_seed()
+    verdict = _check(answer, number)
+    note = None
+    if verdict.verdict != "not attempted" and verdict.exercise is not None:
+        topic = verdict.exercise.topic
+        note = workspace.record(
+            verdict.name, verdict.verdict, verdict.points, verdict.max_points, lesson=topic
+        )
+    if note:
+        verdict = _with_notes(verdict, [note])
+    score = Score(verdict)
+    if not _in_notebook():
+        print(report.text(verdict))
+    return score
+
+
+def _check(answer: Callable[..., Any], seed: int) -> Verdict:
+    name = getattr(answer, "__name__", None)
+    if not callable(answer) or not isinstance(name, str):
+        return _refused(
+            f"check takes the function or class itself; found {type(answer).__name__} {report.short(answer)}"
+        )
+    try:
+        exercise = find(name)
+    except KeyError as error:
+        return _refused(str(error.args[0]))
+    if answer is exercise.reference or str(getattr(answer, "__module__", "")).startswith("llmcourse.lessons"):
+        return _refused(f"{name} is the course's own answer; write yours in the exercise's cell", exercise)
+    runner = InProcess()
+    heard = io.StringIO()
+    # A grader that reads a cell's outputs takes anything on stderr for a failure; it goes into the report instead.
+    with contextlib.redirect_stderr(heard):
+        verdict = judge(runner, exercise, answer, seed, expectations(runner, exercise, seed))
+    notes = list(_not_carried(answer, exercise))
+    if heard.getvalue().strip():
+        notes.append(f"your answer wrote to stderr: {heard.getvalue().strip()[:MAX_STDERR_CHARS]}")
+    return _with_notes(verdict, notes)
+
+
+def _refused(reason: str, exercise: Exercise | None = None) -> Verdict:
+    points = exercise.points if exercise else 0.0
+    return Verdict(exercise, exercise.name if exercise else "?", 0.0, points, "not attempted", reason)
+
+
+def _with_notes(verdict: Verdict, notes: list[str]) -> Verdict:
+    from dataclasses import replace
+
+    return replace(verdict, notes=(*verdict.notes, *notes))
+
+
+def _fresh_seed() -> int:
+    fixed = os.environ.get("LLMCOURSE_SEED")
+    if fixed is None:
+        return secrets.randbelow(1 << 31)
+    if not fixed.isdigit():
+        raise ValueError(f"LLMCOURSE_SEED: expected a whole number, found {fixed!r}")
+    return int(fixed)
+
+
+def _in_notebook() -> bool:
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and hasattr(shell, "kernel")
+
+
+def _not_carried(answer: Callable[..., Any], exercise: Exercise) -> Iterator[str]:
+    """Warn of names of the notebook that would not exist when it is judged outside."""
+    history = getattr(sys.modules.get("__main__"), "In", None)
+    if not isinstance(history, list):
+        return
+    space = vars(sys.modules["__main__"])
+    known = submission.carried_names(text for text in history if isinstance(text, str))
+    known |= {*exercise_paths(), *vars(builtins)}
+    for name in sorted(global_names(answer)):
+        if name in space and name not in known:
+            yield (
+                f"your answer uses `{name}`, which will not exist when the notebook is judged: only "
+                "imports, functions, classes and literal constants are carried; compute it inside the answer"
+            )
+
+
+def global_names(answer: Callable[..., Any]) -> set[str]:
+    """Global names the code of a function, or of a class's methods, reads."""
+    codes = (
+        [part.__code__ for part in vars(answer).values() if hasattr(part, "__code__")]
+        if isinstance(answer, type)
+        else []
+    )
+    if hasattr(answer, "__code__"):
+        codes.append(answer.__code__)
+    names: set[str] = set()
+    while codes:
+        code: CodeType = codes.pop()
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return names
+
+
+def hint(answer: Callable[..., Any] | str) -> Hint:
+    """Unfold the next hint of an exercise; KeyError when there is none of that name."""
+    exercise = find(answer if isinstance(answer, str) else getattr(answer, "__name__", repr(answer)))
+    if not exercise.hints:
+        return Hint(f"{exercise.name} has no hints; its statement says everything that is checked")
+    level = min(_unfolded.get(exercise.name, 0) + 1, len(exercise.hints))
+    _unfolded[exercise.name] = level
+    lines = [f"{number}. {text}" for number, text in enumerate(exercise.hints[:level], 1)]
+    left = len(exercise.hints) - level
+    lines.append(f"({left} more: run it again)" if left else "(that was the last hint)")
+    found = Hint("\n".join(lines))
+    if not _in_notebook():
+        print(found)
+    return found
+
+
+# --------------------------------------------------------------------------------------------- a whole notebook
+
+
+@dataclass(frozen=True)
+class NotebookVerdict:
+    """The verdicts of a notebook's exercises; ★ extensions add points and no maximum."""
+
+    notebook: str
+    exercises: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def points(self) -> float:
+        return round(sum(verdict.points for verdict in self.exercises), 6)
+
+    @property
+    def max_points(self) -> float:
+        return sum(v.max_points for v in self.exercises if v.exercise is None or not v.exercise.extension)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "notebook": self.notebook,
+            "points": self.points,
+            "max_points": self.max_points,
+            "exercises": [verdict.to_json() for verdict in self.exercises],
+            "notes": list(self.notes),
+        }
+
+
+def check_notebook(path: Path, *, seed: int | None = None) -> NotebookVerdict:
+    """Judge every exercise of a notebook, each in a worker of its own.
+
+    Raises UnreadableNotebook for a file that cannot be judged, HarnessFault when the judge itself fails.
+    """
+    found = submission.read(path)
+    number = seed if seed is not None else _fresh_seed()
+    exercises = [find(name) for name in found.names]
+    verdicts: dict[str, Verdict] = {}
+    optimizers = any(PRELOAD[1] in exercise.source for exercise in exercises)
+    with Engine(preload=PRELOAD[:1] if optimizers else ()) as engine:
+        for exercise in exercises:
+            ours, notes = _ours_for(exercise, verdicts)
+            expected = engine.expected(exercise, number)
+            verdict = judge(engine, exercise, found.answer(exercise.name, ours), number, expected)
+            verdicts[exercise.name] = _with_notes(verdict, notes)
+    return NotebookVerdict(str(path), tuple(verdicts.values()), found.notes)
+
+
+def _ours_for(exercise: Exercise, verdicts: dict[str, Verdict]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Our source in place of earlier answers that this exercise uses and that were not right, with a note each."""
+    parts, notes = [], []
+    for name in exercise.uses:
+        if name in verdicts and verdicts[name].verdict == "right":
+            continue
+        used = find(name)
+        hidden = [*used.mistakes, *used.alternatives]
+        parts.append((f"our {name}", source.case_source(used.source, [name], hidden, used.path)))
+        notes.append(f"your {name} was not right, so this exercise was judged with ours")
+    return parts, notes

@@ -1,0 +1,427 @@
+"""Runs answers in workers: starts the zygote, forks a worker per answer, speaks the wire protocol, keeps time.
+
+    with Engine() as engine:
+        expected = engine.expected(exercise, seed)
+        verdict = judge(engine, exercise, answer, seed, expected)
+
+The judge never forks. Whatever an answer does ends as an `Outcome`; a fault of the machinery is a `HarnessFault`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from llmcourse import source, wire
+from llmcourse.exercise import Exercise, Item, Rng
+from llmcourse.judging import (
+    HarnessFault,
+    Outcome,
+    answer_seed,
+    expectations,
+    item_seed,
+    limit_s,
+    outcome_of,
+    saved_by,
+    together,
+)
+from llmcourse.services import Link
+
+START_LIMIT_S, LOAD_LIMIT_S, REFERENCE_LIMIT_S = 120.0, 10.0, 60.0
+MAX_TRUSTED_BYTES = 1 << 31
+MAX_DATA_BYTES = 6 << 30
+SLACK_BYTES, SLACK_FACTOR = 1 << 16, 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Source text of an answer: parts are (label, text), run in order in one module; `name` is what is judged.
+
+    own: label of the part that should define it (another part that hangs or kills is left out); trusted: the
+    course's own answer, which may import lessons.
+    """
+
+    name: str
+    parts: tuple[tuple[str, str], ...]
+    own: str | None = None
+    trusted: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How loading an answer ended: `stopped` is the index of the part that hung or killed the worker."""
+
+    names: tuple[str, ...] = ()
+    errors: tuple[Mapping[str, Any], ...] = ()
+    stopped: int | None = None
+    why: str = ""
+
+
+class WorkerProcess:
+    """The judge's end of one worker."""
+
+    def __init__(self, engine: Engine, exercise: Exercise, answer: Answer, seed: int) -> None:
+        self._engine, self._exercise, self._answer, self._seed = engine, exercise, answer, seed
+        self._sending = threading.Lock()
+        self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
+        self._connection, theirs = socket.socketpair()
+        self.pid = engine.fork(theirs, self.folder)
+        theirs.close()
+
+    def load(self, cases: str) -> Loaded:
+        """Send the sources and wait until they ran."""
+        last = -1
+        deadline = time.monotonic() + (REFERENCE_LIMIT_S if self._answer.trusted else LOAD_LIMIT_S)
+        try:
+            wire.send(
+                self._connection,
+                {
+                    "do": "load",
+                    "parts": self._answer.parts,
+                    "cases": cases,
+                    "trusted": self._answer.trusted,
+                    "forbid": self._exercise.forbid,
+                    "uses": self._exercise.uses,
+                    "seed": self._seed,
+                },
+            )
+            while True:
+                message, _ = wire.receive(self._connection, max_bytes=1 << 20, deadline=deadline)
+                if "part" in message:
+                    last = message["part"]
+                elif message.get("loaded") is True:
+                    break
+                else:
+                    raise wire.ProtocolError("neither progress nor the end of loading")
+        except TimeoutError:
+            return Loaded(stopped=last, why=f"it ran for more than {LOAD_LIMIT_S:.0f} s")
+        except (wire.Ended, wire.ProtocolError, OSError) as error:
+            return Loaded(stopped=last, why=self._ending(error))
+        if message["case_error"] is not None:
+            raise HarnessFault(f"{self._exercise.name}: its cases cannot be loaded: {message['case_error']}")
+        return Loaded(names=tuple(message["names"]), errors=tuple(message["errors"]))
+
+    def run(
+        self, item: Item, seeds: tuple[int, int], limit: float, max_bytes: int, service: Any, saved: Any
+    ) -> Outcome:
+        """Run one item; serve the calls it makes meanwhile."""
+        message = {
+            "do": "item",
+            "item": item.name,
+            "answer": self._answer.name,
+            "seed": seeds[0],
+            "answer_seed": seeds[1],
+            "mutates": self._exercise.mutates,
+            "methods": list(service.calls) if service is not None else None,
+            "attributes": getattr(service, "attributes", {}),
+        }
+        deadline = time.monotonic() + limit
+        try:
+            wire.send(self._connection, message, {"saved": saved[1]} if saved[0] else None)
+            while True:
+                reply, data = wire.receive(self._connection, max_bytes=max_bytes, deadline=deadline)
+                if "call" in reply:
+                    threading.Thread(target=self._serve, args=(service, reply, data), daemon=True).start()
+                    continue
+                return outcome_of(self._checked(reply), data.get("observed"), {})
+        except TimeoutError:
+            return _failed("timed out", f"it ran for more than {limit:.1f} s", limit)
+        except wire.ProtocolError as error:
+            return _failed("protocol", str(error))
+        except (wire.Ended, OSError) as error:
+            return _failed("died", self._ending(error))
+
+    def _checked(self, reply: dict[str, Any]) -> dict[str, Any]:
+        error = reply.get("error")
+        if reply.get("done") is not True or not isinstance(reply.get("seconds"), int | float):
+            raise wire.ProtocolError("not the end of an item")
+        if error is not None and (
+            not isinstance(error, dict) or error.get("kind") not in ("raised", "not written", "missing")
+        ):
+            raise wire.ProtocolError("an error of no known kind")
+        for key in ("tried", "changed"):
+            if not isinstance(reply.get(key), list) or not all(isinstance(text, str) for text in reply[key]):
+                raise wire.ProtocolError(f"{key} is not a list of texts")
+        return reply
+
+    def _serve(self, service: Any, message: dict[str, Any], data: dict[str, Any]) -> None:
+        reply: dict[str, Any] = {"reply": message["call"]}
+        result: dict[str, object] | None = None
+        arguments = data.get("arguments")
+        if service is None or message.get("method") not in service.calls or not isinstance(arguments, tuple):
+            reply |= {
+                "raises": "AttributeError",
+                "message": f"this case offers no call {message.get('method')!r}",
+            }
+        else:
+            try:
+                result = {"result": getattr(service, message["method"])(*arguments)}
+            except Exception as error:  # noqa: BLE001 - a service's refusal belongs to its caller
+                base = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+                reply |= {"raises": base, "message": str(error)}
+        # The worker may have been ended meanwhile; then nobody waits for this reply.
+        with self._sending, contextlib.suppress(OSError):
+            wire.send(self._connection, reply, result)
+
+    def _ending(self, error: Exception) -> str:
+        status = self._engine.end(self.pid)
+        self.pid = 0
+        if isinstance(error, wire.ProtocolError):
+            return str(error)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
+            return signal.Signals(os.WTERMSIG(status)).name
+        if os.WIFEXITED(status):
+            return f"exit status {os.WEXITSTATUS(status)}"
+        return "it was killed, or its connection closed"
+
+    def close(self) -> None:
+        """End the worker and everything in its process group; remove its folder."""
+        if self.pid:
+            self._engine.end(self.pid)
+            self.pid = 0
+        self._connection.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
+    return Outcome(error={"kind": kind, "message": message}, seconds=seconds)
+
+
+class Engine:
+    """Owns a zygote; runs answers in workers forked from it. A context manager; one thread drives it."""
+
+    def __init__(self, *, preload: Sequence[str] = ()) -> None:
+        self.folder = tempfile.mkdtemp(prefix="llmcourse-engine-")
+        self._lock = threading.Lock()
+        self._expected: dict[tuple[str, int], dict[str, Outcome]] = {}
+        self._ours: dict[tuple[str, int, str], dict[str, Outcome]] = {}
+        self._control, theirs = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._zygote = subprocess.Popen(
+            [sys.executable, "-m", "llmcourse.worker", str(theirs.fileno()), *preload],
+            pass_fds=(theirs.fileno(),),
+            env=environment,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._ready = False
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the zygote, with it every worker, and remove the folder."""
+        self._control.close()
+        try:
+            self._zygote.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._zygote.kill()
+            self._zygote.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _answer_of_zygote(self, limit: float) -> bytes:
+        self._control.settimeout(limit)
+        try:
+            raw = self._control.recv(4096)
+        except TimeoutError:
+            raw = b""
+        if not raw:
+            raise HarnessFault(f"the zygote gave no answer (exit status {self._zygote.poll()})")
+        return raw
+
+    def fork(self, connection: socket.socket, folder: str) -> int:
+        """A new worker that serves `connection`; its process id."""
+        with self._lock:
+            if not self._ready:
+                assert self._answer_of_zygote(START_LIMIT_S) == b"ready"
+                self._ready = True
+            request = json.dumps({"fork": folder, "max_data_bytes": MAX_DATA_BYTES}).encode()
+            socket.send_fds(self._control, [request], [connection.fileno()])
+            return int(json.loads(self._answer_of_zygote(START_LIMIT_S))["pid"])
+
+    def end(self, pid: int) -> int:
+        """Kill a worker's process group and wait for it; its wait status."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with self._lock:
+            self._control.sendall(json.dumps({"wait": pid}).encode())
+            return int(json.loads(self._answer_of_zygote(START_LIMIT_S))["status"])
+
+    # ------------------------------------------------------------------------------------------ the runner's side
+
+    def ours(self, exercise: Exercise, name: str) -> Answer:
+        return Answer(name, ((str(exercise.path), exercise.source),), own=str(exercise.path), trusted=True)
+
+    def expected(self, exercise: Exercise, seed: int) -> dict[str, Outcome]:
+        """The reference's outcomes, computed once a seed."""
+        key = (exercise.name, seed)
+        if key not in self._expected:
+            self._expected[key] = expectations(self, exercise, seed)
+        return self._expected[key]
+
+    def run(
+        self,
+        exercise: Exercise,
+        answer: Any,
+        items: Sequence[Item],
+        seed: int,
+        expected: Mapping[str, Outcome] | None,
+        *,
+        goes_on: Callable[[Item, Outcome], bool] = lambda item, outcome: True,
+    ) -> dict[str, Outcome]:
+        """Outcomes of the items, as far as the answer gets; `goes_on` may end the run after any of them."""
+        # The course's own wrong answers give the same for every learner of a seed.
+        ours = answer.trusted and expected is not None and len(answer.parts) == 1
+        known = self._ours.setdefault((exercise.name, seed, answer.name), {}) if ours else {}
+        missing = [item for item in items if item.name not in known]
+        if missing:
+            known |= Run(self, exercise, answer, seed, expected).outcomes(missing, known, goes_on)
+        return {item.name: known[item.name] for item in items if item.name in known}
+
+
+class Run:
+    """One answer's items, each in a worker that is forked anew after a phase, a crash or a part that was left out."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        exercise: Exercise,
+        answer: Answer,
+        seed: int,
+        expected: Mapping[str, Outcome] | None,
+    ) -> None:
+        self._engine, self._exercise, self._answer = engine, exercise, answer
+        self._seed, self._expected = seed, expected
+        self._loaded = Loaded()
+        self._workers: list[WorkerProcess] = []
+        hidden = [exercise.name, *exercise.mistakes, *exercise.alternatives]
+        self._cases = source.case_source(exercise.source, list(exercise.items), hidden, exercise.path)
+
+    def outcomes(
+        self, items: Sequence[Item], earlier: Mapping[str, Outcome], goes_on: Callable[[Item, Outcome], bool]
+    ) -> dict[str, Outcome]:
+        found: dict[str, Outcome] = dict(earlier)
+        try:
+            for item in items:
+                saved = saved_by(item, found) if item.after else (False, None)
+                if item.after and not saved[0]:
+                    found[item.name] = _failed("not run", f"{item.after} saved nothing")
+                    continue
+                if item.after:
+                    self._close()
+                found[item.name] = self._one(item, saved)
+                if item.after:
+                    self._close()
+                if found[item.name].kind in ("died", "timed out", "protocol") or not goes_on(
+                    item, found[item.name]
+                ):
+                    break
+        finally:
+            self._close()
+        return {name: outcome for name, outcome in found.items() if name not in earlier}
+
+    def _close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def _one(self, item: Item, saved: tuple[bool, Any]) -> Outcome:
+        if not self._workers:
+            problem = self._start()
+            if problem is not None:
+                return problem
+        expected = None if self._expected is None else self._expected[item.name]
+        limit = REFERENCE_LIMIT_S if expected is None else limit_s(expected)
+        max_bytes = MAX_TRUSTED_BYTES
+        if not self._answer.trusted and expected is not None:
+            max_bytes = SLACK_BYTES + SLACK_FACTOR * (
+                wire.size_bytes(expected.observed) + self._service_bytes(item)
+            )
+        seeds = (
+            item_seed(self._exercise, item, self._seed),
+            answer_seed(self._exercise, item, self._seed, self._expected),
+        )
+        if self._exercise.ranks > 1:
+            return self._ranks(item, seeds, limit, max_bytes)
+        service = item.service(Rng(seeds[0])) if item.service else None
+        if service is not None and hasattr(service, "pid"):
+            service.pid = self._workers[0].pid
+        outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)
+        if service is not None:
+            outcome = replace(outcome, counts=service.counts())
+        return self._explained(outcome)
+
+    def _service_bytes(self, item: Item) -> int:
+        """Room for what a case may send to its service in one call."""
+        return (1 << 24) if item.service is not None or self._exercise.ranks > 1 else 0
+
+    def _ranks(self, item: Item, seeds: tuple[int, int], limit: float, max_bytes: int) -> Outcome:
+        link = Link(self._exercise.ranks)
+        found: list[Outcome] = [Outcome()] * self._exercise.ranks
+
+        def one(rank: int) -> None:
+            found[rank] = self._workers[rank].run(
+                item, seeds, limit, max_bytes, link.view(rank), (False, None)
+            )
+            link.rank_ended(rank)
+
+        threads = [
+            threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(self._exercise.ranks)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self._explained(together(found, link))
+
+    def _start(self) -> Outcome | None:
+        """Fork and load workers, a rank each; a part that stops loading is left out unless it is the answer's own."""
+        while True:
+            for _ in range(self._exercise.ranks - len(self._workers)):
+                self._workers.append(WorkerProcess(self._engine, self._exercise, self._answer, self._seed))
+            loaded = [worker.load(self._cases) for worker in self._workers]
+            self._loaded = next((one for one in loaded if one.stopped is not None), loaded[0])
+            if self._loaded.stopped is None:
+                return None
+            self._close()
+            index = self._loaded.stopped
+            label = self._answer.parts[index][0] if 0 <= index < len(self._answer.parts) else None
+            if self._answer.trusted or label is None:
+                raise HarnessFault(
+                    f"{self._exercise.name}: an answer could not be loaded: {self._loaded.why}"
+                )
+            if label == self._answer.own:
+                hung = "ran for more" in self._loaded.why
+                return _failed("timed out" if hung else "died", f"while {label} ran: {self._loaded.why}")
+            parts = tuple(part for part in self._answer.parts if part[0] != label)
+            self._answer = Answer(self._answer.name, parts, self._answer.own, self._answer.trusted)
+
+    def _explained(self, outcome: Outcome) -> Outcome:
+        """Say why a name is missing: what its cell raised, or which names were found."""
+        if outcome.kind != "missing":
+            return outcome
+        own = [error for error in self._loaded.errors if error.get("label") == self._answer.own]
+        if own and own[0]["kind"] == "raised":
+            return Outcome(error={**own[0], "kind": "raised"})
+        names = ", ".join(self._loaded.names[:12]) or "no function or class"
+        return Outcome(error={"kind": "missing", "message": f"; found {names}"})

@@ -1,0 +1,435 @@
+"""What an exercise is: one file with a reference answer and, under it, what proves the checks of that answer.
+
+    @exercise(points=3, minutes=10)
+    def scale_rows(weight: Tensor) -> Tensor:        # name, signature, docstring: the statement a student sees
+        '''...'''
+        ### BEGIN SOLUTION
+        ...                                          # the reference, removed from the student's copy
+        ### END SOLUTION
+
+    @case(scale_rows)                                # inputs -> answer -> observations, plain data
+    def one_loud_row(answer, rng): ...
+
+    @cost(scale_rows, share=1 / 6)                   # {name: (counted, at most)}
+    def one_temporary(answer, rng): ...
+
+    @mistake(scale_rows, "One scale serves every row.")
+    def per_tensor(weight): ...
+
+    @alternative(scale_rows, "Loops over the rows")
+    def looped(weight): ...
+
+The file's name is the exercise's. The decorators return what they were given, so the reference stays a plain
+function or class. CONTRIBUTING.md walks through adding one; `llmcourse audit` proves it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import random
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+LESSONS = Path(__file__).parent / "lessons"
+MAX_COST_SHARE = 1 / 3
+AUTHORITIES = ("worker", "protocol", "outside")
+
+
+class Rng:
+    """The inputs of one case: one stream for learner and reference, and `spawn` for an answer's own randomness.
+
+    `seed` makes the inputs. `answer_seed` differs between learner and reference, so an answer that is given
+    `spawn()` cannot be compared draw by draw, only by its law.
+    """
+
+    def __init__(self, seed: int, answer_seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self._choices = random.Random(seed)
+        self._answer_seed = answer_seed
+        self._spawned = 0
+
+    def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal values [*shape], drawn in float32 (float64 for float64) and then cast."""
+        drawn = torch.float64 if dtype == torch.float64 else torch.float32
+        return torch.randn(shape, generator=self.generator, dtype=drawn).to(dtype)
+
+    def uniform(self, low: float, high: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Uniform values in [low, high), [*shape]; without a shape a tensor of no dimensions."""
+        return (torch.rand(shape, generator=self.generator, dtype=torch.float64) * (high - low) + low).to(
+            dtype
+        )
+
+    def integers(self, low: int, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Integers low..high, both included, [*shape]."""
+        return torch.randint(low, high + 1, shape, generator=self.generator).to(dtype)
+
+    def integer(self, low: int, high: int) -> int:
+        """One integer low..high, both included."""
+        return self._choices.randint(low, high)
+
+    def choice(self, options: Sequence[T]) -> T:
+        """One of the options."""
+        return self._choices.choice(options)
+
+    def shuffled(self, items: Iterable[T]) -> list[T]:
+        """The items in another order."""
+        found = list(items)
+        self._choices.shuffle(found)
+        return found
+
+    def bytes(self, count: int) -> bytes:
+        """`count` bytes."""
+        return self._choices.randbytes(count)
+
+    def spawn(self) -> torch.Generator:
+        """A generator for the answer's own draws; another stream for learner and reference."""
+        self._spawned += 1
+        return torch.Generator().manual_seed(derive_seed(self._answer_seed, "spawn", self._spawned))
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from the parts' text: the same on every machine."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def raised(call: Callable[..., object], *arguments: object, **options: object) -> str:
+    """Name of the builtin exception a call raises, or of the builtin base of one; "nothing" when it returns.
+
+    For a case that also observes a value (so that refusing everything fails). An answer that is not written yet
+    (NotImplementedError) is not a refusal and goes through.
+    """
+    try:
+        call(*arguments, **options)
+    except NotImplementedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever an answer raises is what is observed
+        return next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return "nothing"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One case or cost: a function `(answer, rng[, saved][, service]) -> observations | counts`.
+
+    tol scales the float tolerance (`because` says why); `judge(observed, expected) -> None | reason` replaces the
+    comparison; `after` names the case whose observation "saved" this one is given, in a process of its own.
+    """
+
+    name: str
+    kind: str
+    function: Callable[..., Any]
+    tol: float = 1.0
+    because: str = ""
+    judge: Callable[[Any, Any], str | None] | None = None
+    free_shapes: bool = False
+    service: Callable[[Rng], Any] | None = None
+    after: str | None = None
+    share: float = 0.0
+    authority: str = "worker"
+
+    @property
+    def title(self) -> str:
+        """First line of the docstring: what is tried."""
+        return (inspect.getdoc(self.function) or self.name.replace("_", " ")).splitlines()[0]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong answer people give, with the misconception in one sentence."""
+
+    name: str
+    sentence: str
+    function: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """An unusual right answer; `meets_costs=False` where it is right and dearer than the bounds allow."""
+
+    name: str
+    sentence: str
+    function: Callable[..., Any]
+    meets_costs: bool = True
+
+
+@dataclass
+class Exercise:
+    """A reference answer with everything that proves its checks; built by the decorators, read by the judge."""
+
+    name: str
+    reference: Callable[..., Any]
+    path: Path
+    points: float
+    minutes: int
+    extension: bool = False
+    hints: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+    mutates: bool = False
+    ranks: int = 1
+    items: dict[str, Item] = field(default_factory=dict)
+    mistakes: dict[str, Mistake] = field(default_factory=dict)
+    alternatives: dict[str, Alternative] = field(default_factory=dict)
+    excuses: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def topic(self) -> str:
+        """Folder of the exercise's file: the lesson's name without its number."""
+        return self.path.parent.name
+
+    @property
+    def source(self) -> str:
+        """Text of the exercise's file."""
+        return self.path.read_text(encoding="utf-8")
+
+    @property
+    def cases(self) -> list[Item]:
+        return [item for item in self.items.values() if item.kind == "case"]
+
+    @property
+    def costs(self) -> list[Item]:
+        return [item for item in self.items.values() if item.kind == "cost"]
+
+    @property
+    def statement(self) -> str:
+        """First paragraph of the reference's docstring."""
+        return (inspect.getdoc(self.reference) or "").split("\n\n")[0]
+
+    def add(self, item: Item) -> None:
+        """Register a case or cost; ValueError where it breaks a rule of the contract."""
+        if item.name in self.items:
+            raise ValueError(f"{self.name}: two cases or costs are named {item.name!r}; rename one")
+        if item.tol != 1.0 and not item.because:
+            raise ValueError(f"{self.name}.{item.name}: tol={item.tol} needs because='...' with its reason")
+        if item.after is not None and item.after not in self.items:
+            raise ValueError(
+                f"{self.name}.{item.name}: comes after {item.after!r}, which is not a case above it"
+            )
+        if item.authority not in AUTHORITIES:
+            raise ValueError(
+                f"{self.name}.{item.name}: authority {item.authority!r}; expected one of {AUTHORITIES}"
+            )
+        shares = item.share + sum(other.share for other in self.items.values())
+        if shares > MAX_COST_SHARE + 1e-9:
+            raise ValueError(f"{self.name}: costs share {shares:.3f} of the points; at most 1/3 together")
+        self.items[item.name] = item
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def exercise(
+    *,
+    points: float,
+    minutes: int,
+    extension: bool = False,
+    hints: tuple[str, ...] = (),
+    uses: tuple[Callable[..., Any], ...] = (),
+    forbid: tuple[str, ...] = (),
+    mutates: bool = False,
+    ranks: int = 1,
+) -> Callable[[F], F]:
+    """Make a function or class the reference of an exercise of its name.
+
+    points: in the notebook; minutes: a learner's; extension: ★, outside the lesson's 100 %; hints: unfolded one at a
+    time by `hint(answer)`; uses: references of earlier exercises this answer may call; forbid: dotted names of
+    library answers that are switched off ("torch.optim.AdamW"); mutates: the answer may change its arguments;
+    ranks: how many processes run it together.
+    """
+
+    def register(reference: F) -> F:
+        reference.__exercise__ = Exercise(  # type: ignore[attr-defined]
+            name=reference.__name__,
+            reference=reference,
+            path=Path(inspect.getsourcefile(reference) or inspect.getfile(reference)),
+            points=points,
+            minutes=minutes,
+            extension=extension,
+            hints=hints,
+            uses=tuple(used.__name__ for used in uses),
+            forbid=forbid,
+            mutates=mutates,
+            ranks=ranks,
+        )
+        return reference
+
+    return register
+
+
+def of(reference: Callable[..., Any]) -> Exercise:
+    """The exercise a reference belongs to; TypeError for anything else."""
+    found = vars(reference).get("__exercise__") if callable(reference) else None
+    if not isinstance(found, Exercise):
+        raise TypeError(f"expected a reference decorated with @exercise, found {reference!r}")
+    return found
+
+
+def case(
+    reference: Callable[..., Any],
+    *,
+    tol: float = 1.0,
+    because: str = "",
+    judge: Callable[[Any, Any], str | None] | None = None,
+    free_shapes: bool = False,
+    service: Callable[[Rng], Any] | None = None,
+    after: Callable[..., Any] | None = None,
+) -> Callable[[F], F]:
+    """Add a case: `(answer, rng) -> observations`, plain data, never a verdict.
+
+    judge: `(observed, expected) -> None | reason` instead of the comparison, with free_shapes also for tensors of
+    other shapes; service: `service(rng)` lives in the judge's process, and the case gets a stand-in whose calls go
+    there, as last argument (`llmcourse.services`); after: the case whose observation "saved"
+    is handed on as third argument, in a fresh process; "saved" itself is never compared. Exercises
+    of several ranks get a link as argument (`llmcourse.services.Link`).
+    """
+
+    def register(function: F) -> F:
+        after_name = after.__name__ if after is not None else None
+        of(reference).add(
+            Item(
+                function.__name__,
+                "case",
+                function,
+                tol=tol,
+                because=because,
+                judge=judge,
+                free_shapes=free_shapes,
+                service=service,
+                after=after_name,
+            )
+        )
+        return function
+
+    return register
+
+
+def cost(
+    reference: Callable[..., Any],
+    *,
+    share: float,
+    authority: str = "worker",
+    service: Callable[[Rng], Any] | None = None,
+) -> Callable[[F], F]:
+    """Add a cost: `(answer, rng) -> {name: (counted, at most)}`; `share` of the points when within its bounds.
+
+    The bound is the one our own run gave. authority: "worker" (counted beside the answer: evidence), "protocol"
+    (counted by a service in the judge's process) or "outside" (measured from the judge's process); services add
+    their own `counts()`.
+    """
+
+    def register(function: F) -> F:
+        of(reference).add(
+            Item(function.__name__, "cost", function, share=share, authority=authority, service=service)
+        )
+        return function
+
+    return register
+
+
+def mistake(reference: Callable[..., Any], sentence: str) -> Callable[[F], F]:
+    """Add a wrong answer people give; `sentence` is the misconception, as the report will name it."""
+
+    def register(function: F) -> F:
+        of(reference).mistakes[function.__name__] = Mistake(function.__name__, sentence, function)
+        return function
+
+    return register
+
+
+def alternative(
+    reference: Callable[..., Any], sentence: str, *, meets_costs: bool = True
+) -> Callable[[F], F]:
+    """Add an unusual right answer; `sentence` says what is unusual."""
+
+    def register(function: F) -> F:
+        found = Alternative(function.__name__, sentence, function, meets_costs)
+        of(reference).alternatives[function.__name__] = found
+        return function
+
+    return register
+
+
+def excuse(reference: Callable[..., Any], mutant: str, reason: str) -> None:
+    """Say why a mechanical mutant of the reference, by the name the audit prints, survives rightly."""
+    of(reference).excuses[mutant] = reason
+
+
+# ---------------------------------------------------------------------------------------------- finding exercises
+
+
+def folders() -> list[Path]:
+    """Folders that hold `topic/exercise.py`: the course's own, then those of LLMCOURSE_LESSONS."""
+    extra = [Path(part) for part in os.environ.get("LLMCOURSE_LESSONS", "").split(os.pathsep) if part]
+    for folder in extra:
+        if not folder.is_dir():
+            raise ValueError(
+                f"LLMCOURSE_LESSONS names {folder}, which is not a folder; expected topic/exercise.py in it"
+            )
+    return [LESSONS, *extra]
+
+
+def exercise_paths() -> dict[str, Path]:
+    """Every exercise's name and file; ValueError when two files have one name."""
+    found: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("*/*.py")):
+            if path.stem.startswith("_"):
+                continue
+            if path.stem in found:
+                raise ValueError(
+                    f"two exercises are named {path.stem}: {found[path.stem]} and {path}; rename one"
+                )
+            found[path.stem] = path
+    return found
+
+
+def find(name: str) -> Exercise:
+    """The exercise of that name; KeyError with the nearest names when there is none."""
+    paths = exercise_paths()
+    if name not in paths:
+        import difflib
+
+        near = difflib.get_close_matches(name, paths, n=3) or sorted(paths)
+        raise KeyError(f"no exercise is named {name!r}; did you mean {', '.join(near)}?")
+    return load(paths[name])
+
+
+@functools.cache
+def load(path: Path) -> Exercise:
+    """The exercise of a file; ValueError when the file does not define one of its own name."""
+    module = _module(path)
+    reference = getattr(module, path.stem, None)
+    if reference is None or "__exercise__" not in vars(reference):
+        raise ValueError(
+            f"{path}: expected `@exercise(...)` on a function or class named {path.stem}; found none"
+        )
+    found = of(reference)
+    if not found.cases:
+        raise ValueError(f"{path}: the exercise has no @case; nothing would be checked")
+    return found
+
+
+def _module(path: Path) -> ModuleType:
+    if path.is_relative_to(LESSONS):
+        return importlib.import_module(f"llmcourse.lessons.{path.parent.name}.{path.stem}")
+    name = f"llmcourse_lessons_{path.parent.name}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

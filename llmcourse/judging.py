@@ -1,0 +1,555 @@
+"""Inputs -> answer -> observations -> verdict, the same in a notebook and in a grader.
+
+A `Runner` turns an answer and an exercise's items into outcomes: `InProcess` in a notebook's own process, `Engine` in
+workers. `judge` compares them with the outcomes of the reference, which the same runner produced, and names the
+mistake that explains what failed. References, seeds and comparison never enter a worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from llmcourse import agreement, wire
+from llmcourse.exercise import Exercise, Item, Mistake, Rng, derive_seed
+from llmcourse.services import Link
+from llmcourse.wire import Data
+from llmcourse.worker import parameters, perform, reset, switched_off
+
+VERDICTS = ("right", "wrong", "crashed", "timed out", "inconclusive", "not attempted")
+
+
+class HarnessFault(Exception):
+    """The judge's own machinery or an exercise failed; never a learner's verdict."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one item gave: observations, or an error of a kind.
+
+    error kinds: raised, not written, missing (no such name), died, timed out, protocol, interrupted, not run.
+    """
+
+    observed: Data = None
+    error: Mapping[str, Any] | None = None
+    seconds: float = 0.0
+    tried: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    counts: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        return "observed" if self.error is None else str(self.error["kind"])
+
+
+@dataclass(frozen=True)
+class CostResult:
+    """One counted cost beside its bound; `agrees` is True where the system cannot count it (counted is None)."""
+
+    name: str
+    counted: float | None
+    at_most: float | None
+    authority: str
+    agrees: bool
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """How one item ended: `reason` in words for the learner, `complaint` the part of it that has no numbers."""
+
+    item: Item
+    outcome: Outcome
+    agrees: bool
+    reason: str | None = None
+    complaint: str | None = None
+    costs: tuple[CostResult, ...] = ()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The judgement of one exercise."""
+
+    exercise: Exercise | None
+    name: str
+    points: float
+    max_points: float
+    verdict: str
+    reason: str
+    results: tuple[ItemResult, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+    notes: tuple[str, ...] = ()
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON: name, points, verdict, reason, mistake, cases and costs."""
+        cases = [
+            {"name": r.item.name, "agrees": r.agrees, "reason": r.reason}
+            for r in self.results
+            if r.item.kind == "case"
+        ]
+        costs = [
+            {
+                "name": c.name,
+                "counted": c.counted,
+                "at_most": c.at_most,
+                "authority": c.authority,
+                "agrees": c.agrees,
+                "item": r.item.name,
+            }
+            for r in self.results
+            for c in r.costs
+        ]
+        return {
+            "name": self.name,
+            "points": self.points,
+            "max_points": self.max_points,
+            "verdict": self.verdict,
+            "reason": self.reason,
+            "mistake": " / ".join(m.sentence for m in self.mistakes) or None,
+            "cases": cases,
+            "costs": costs,
+            "notes": list(self.notes),
+        }
+
+
+class Runner(Protocol):
+    """Runs answers. `ours` is an answer of the exercise's own file: the reference, a mistake, an alternative."""
+
+    def ours(self, exercise: Exercise, name: str) -> Any: ...
+
+    def run(
+        self,
+        exercise: Exercise,
+        answer: Any,
+        items: Sequence[Item],
+        seed: int,
+        expected: Mapping[str, Outcome] | None,
+    ) -> dict[str, Outcome]: ...
+
+
+def limit_s(expected: Outcome | None) -> float:
+    """Seconds an item may take: 2 + 20 times what the reference took in this run."""
+    return 60.0 if expected is None else 2.0 + 20.0 * expected.seconds
+
+
+def root(exercise: Exercise, item: Item) -> Item:
+    """The case a chain of phases begins with: its seed makes the inputs of all."""
+    return item if item.after is None else root(exercise, exercise.items[item.after])
+
+
+def item_seed(exercise: Exercise, item: Item, seed: int) -> int:
+    return derive_seed(seed, exercise.name, root(exercise, item).name)
+
+
+def answer_seed(exercise: Exercise, item: Item, seed: int, expected: Mapping[str, Outcome] | None) -> int:
+    """Seed of an answer's own randomness: the reference, which runs before anything is expected, has another."""
+    return derive_seed(seed, "reference" if expected is None else "answer", exercise.name, item.name)
+
+
+def saved_by(item: Item, outcomes: Mapping[str, Outcome]) -> tuple[bool, Data]:
+    """What the phase before `item` handed on: (whether it did, the data)."""
+    before = outcomes[item.after].observed if item.after is not None and item.after in outcomes else None
+    return (True, before["saved"]) if isinstance(before, dict) and "saved" in before else (False, None)
+
+
+# ------------------------------------------------------------------------------------------------ in a notebook
+
+
+class InProcess:
+    """Runs answers in this process: quick, interruptible, and open to whatever the answer does."""
+
+    def ours(self, exercise: Exercise, name: str) -> Any:
+        if name == exercise.name:
+            return exercise.reference
+        wrong = exercise.mistakes.get(name)
+        return wrong.function if wrong is not None else exercise.alternatives[name].function
+
+    def run(
+        self,
+        exercise: Exercise,
+        answer: Any,
+        items: Sequence[Item],
+        seed: int,
+        expected: Mapping[str, Outcome] | None,
+    ) -> dict[str, Outcome]:
+        outcomes: dict[str, Outcome] = {}
+        with switched_off(exercise.forbid), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for item in items:
+                if item.after is not None and not saved_by(item, outcomes)[0]:
+                    outcomes[item.name] = Outcome(
+                        error={"kind": "not run", "message": f"{item.after} saved nothing"}
+                    )
+                    continue
+                try:
+                    outcomes[item.name] = self._one(exercise, answer, item, seed, outcomes, expected)
+                except KeyboardInterrupt:
+                    outcomes[item.name] = Outcome(error={"kind": "interrupted", "message": "interrupted"})
+                    break
+        return outcomes
+
+    def _one(
+        self,
+        exercise: Exercise,
+        answer: Any,
+        item: Item,
+        seed: int,
+        outcomes: dict[str, Outcome],
+        expected: Mapping[str, Outcome] | None,
+    ) -> Outcome:
+        seeds = item_seed(exercise, item, seed), answer_seed(exercise, item, seed, expected)
+        extra: list[Any] = [wire.copied(saved_by(item, outcomes)[1])] if item.after else []
+        if exercise.ranks > 1:
+            with kept_torch_state(seeds[1]):
+                return self._ranks(exercise, answer, item, seeds)
+        service = item.service(Rng(seeds[0])) if item.service else None
+        if service is not None:
+            extra.append(service)
+        with kept_torch_state(seeds[1]):
+            happened, observed = perform(
+                item.function,
+                answer,
+                Rng(*seeds),
+                extra=extra,
+                mutates=exercise.mutates,
+                labels=labels_of(answer),
+            )
+        return outcome_of(happened, wire.copied(observed), service.counts() if service else {})
+
+    def _ranks(self, exercise: Exercise, answer: Any, item: Item, seeds: tuple[int, int]) -> Outcome:
+        link = Link(exercise.ranks)
+        found: list[tuple[dict[str, Any], object]] = [({}, None)] * exercise.ranks
+
+        def one(rank: int) -> None:
+            found[rank] = perform(
+                item.function,
+                answer,
+                Rng(*seeds),
+                extra=[link.view(rank)],
+                mutates=exercise.mutates,
+                labels=labels_of(answer),
+            )
+            link.rank_ended(rank)
+
+        threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(exercise.ranks)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return together([outcome_of(h, wire.copied(o), {}) for h, o in found], link)
+
+
+@contextlib.contextmanager
+def kept_torch_state(seed: int) -> Iterator[None]:
+    """Reset what an answer may have set, and give a notebook its own settings back afterwards."""
+    import random
+
+    import numpy
+    import torch
+
+    threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    torch_state, states = torch.get_rng_state(), (random.getstate(), numpy.random.get_state())
+    reset(seed)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        torch.set_rng_state(torch_state)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+
+
+def labels_of(answer: Any) -> list[str]:
+    """File name of the code an answer was defined in, so that a traceback's line can be named."""
+    code = getattr(answer, "__code__", None)
+    if code is None and isinstance(answer, type):
+        code = next((f.__code__ for f in vars(answer).values() if hasattr(f, "__code__")), None)
+    return [code.co_filename] if code is not None else []
+
+
+def outcome_of(happened: Mapping[str, Any], observed: Data, counts: Mapping[str, Any]) -> Outcome:
+    return Outcome(
+        observed=observed,
+        error=happened["error"],
+        seconds=happened["seconds"],
+        tried=tuple(happened["tried"]),
+        changed=tuple(happened["changed"]),
+        counts=counts,
+    )
+
+
+def together(outcomes: Sequence[Outcome], link: Link) -> Outcome:
+    """One outcome of several ranks': the first error that is not just another rank's absence, or all observations."""
+    failed = [o for o in outcomes if o.error is not None]
+    if failed:
+        own = [o for o in failed if o.error is not None and o.error.get("type") != "ConnectionError"]
+        return replace((own or failed)[0], seconds=max(o.seconds for o in outcomes))
+    return Outcome(
+        observed={f"rank {rank}": outcome.observed for rank, outcome in enumerate(outcomes)},
+        seconds=max(o.seconds for o in outcomes),
+        tried=outcomes[0].tried,
+        changed=tuple(name for o in outcomes for name in o.changed),
+        counts=link.counts(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- the verdict
+
+
+def compare(exercise: Exercise, item: Item, outcome: Outcome, expected: Outcome) -> ItemResult:
+    """How one item ended, beside the reference's outcome."""
+    if outcome.error is not None:
+        complaint = f"{outcome.kind} {outcome.error.get('type', '')}"
+        return ItemResult(item, outcome, False, error_reason(exercise, outcome), complaint)
+    if outcome.changed:
+        names = " and ".join(f"`{name}`" for name in outcome.changed)
+        change = f"your answer changed its argument {names}; work on a copy"
+        return ItemResult(item, outcome, False, change, f"changed {names}")
+    if item.kind == "cost":
+        return compare_costs(item, outcome, expected)
+    reason, likeness = disagreement(item, outcome.observed, expected.observed)
+    return ItemResult(item, outcome, reason is None, reason, likeness)
+
+
+def disagreement(item: Item, observed: Data, expected: Data) -> tuple[str | None, str | None]:
+    """(reason, complaint) of a case, or (None, None)."""
+    observed, expected = without_saved(observed), without_saved(expected)
+    if item.judge is None:
+        return agreement.difference(observed, expected, tol=item.tol), None
+    shapes = not item.free_shapes
+    if agreement.structure(observed, shapes=shapes) != agreement.structure(expected, shapes=shapes):
+        return agreement.difference(observed, expected) or "the observations have another structure", None
+    try:
+        reason = item.judge(observed, expected)
+    except Exception as error:  # noqa: BLE001 - a judge may fail in any way on odd data
+        # A judge that fails on the reference's own observations is our fault; else the observations are odd.
+        try:
+            item.judge(expected, expected)
+        except Exception:  # noqa: BLE001 - a judge may fail in any way on odd data
+            raise HarnessFault(
+                f"{item.name}: its judge fails on the reference's own observations: {error}"
+            ) from error
+        reason = "what came back cannot be judged: it lacks what every right answer has"
+    return reason, reason
+
+
+def without_saved(data: Data) -> Data:
+    if isinstance(data, dict) and "saved" in data:
+        return {key: part for key, part in data.items() if key != "saved"}
+    return data
+
+
+def costs_of(item: Item, outcome: Outcome) -> dict[str, tuple[float | None, float | None]]:
+    """Counts of a cost, from the item and from its service: {name: (counted, at most)}."""
+    counts: dict[str, tuple[float | None, float | None]] = {}
+    observed = outcome.observed
+    ranks = isinstance(observed, dict) and any(key.startswith("rank ") for key in observed)
+    for part in observed.values() if ranks and isinstance(observed, dict) else [observed]:
+        for name, value in part.items() if isinstance(part, dict) else ():
+            pair = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+            counts[name] = tuple(float(n) if isinstance(n, int | float) else None for n in pair)  # type: ignore[assignment]
+    for name, (counted, at_most) in outcome.counts.items():
+        bound = at_most if at_most is not None else counts.get(name, (None, None))[1]
+        counts[name] = (counted, bound)
+    return counts
+
+
+def compare_costs(item: Item, outcome: Outcome, expected: Outcome) -> ItemResult:
+    """Each count beside the bound of our own run; a count missing where ours exists fails."""
+    ours, theirs = costs_of(item, expected), costs_of(item, outcome)
+    results = []
+    for name, (own_count, own_bound) in ours.items():
+        bound = own_bound if own_bound is not None else own_count
+        counted = theirs.get(name, (None, None))[0]
+        agrees = bound is None or (counted is not None and counted <= bound)
+        results.append(CostResult(name, counted, bound, item.authority, agrees))
+    bad = next((c for c in results if not c.agrees), None)
+    if bad is None:
+        return ItemResult(item, outcome, True, costs=tuple(results))
+    found = "nothing that could be counted" if bad.counted is None else f"{bad.counted:,.6g}"
+    reason = f"{bad.name}: at most {bad.at_most:,.6g}, found {found}"
+    return ItemResult(item, outcome, False, reason, f"cost {bad.name}", tuple(results))
+
+
+def error_reason(exercise: Exercise, outcome: Outcome) -> str:
+    error = outcome.error
+    assert error is not None
+    kind, message = error["kind"], error.get("message", "")
+    if kind == "raised":
+        line = f" (line {error['line']} of your cell)" if error.get("line") else ""
+        if error.get("type") == "TypeError" and error.get("signature"):
+            expected, found = parameters(exercise.reference), list(error["signature"])
+            if expected != found:
+                return f"expected parameters ({', '.join(expected)}), found ({', '.join(found)})"
+        return f"your answer raised {error['type']}: {message}{line}"
+    return {
+        "not written": "not written yet",
+        "missing": f"no `{exercise.name}` was found{message}",
+        "died": f"your answer ended its process: {message}",
+        "timed out": f"your answer was stopped: {message}",
+        "protocol": f"your answer disturbed the connection: {message}",
+        "interrupted": f"interrupted while this case ran; it had not returned{message and ''}",
+        "not run": f"not run: {message}",
+    }[kind]
+
+
+def judge(
+    runner: Runner,
+    exercise: Exercise,
+    answer: Any,
+    seed: int,
+    expected: Mapping[str, Outcome],
+    *,
+    naming: bool = True,
+) -> Verdict:
+    """Run every item on the answer, compare with the reference's outcomes, name the mistake, give points."""
+    items = list(exercise.items.values())
+    outcomes = runner.run(exercise, answer, items, seed, expected)
+    results = tuple(
+        compare(exercise, item, outcomes[item.name], expected[item.name])
+        for item in items
+        if item.name in outcomes
+    )
+    failed = [result for result in results if not result.agrees]
+    named: tuple[Mistake, ...] = ()
+    if (
+        naming
+        and failed
+        and not all(result.outcome.kind in ("not written", "missing", "not run") for result in failed)
+    ):
+        named = recognise(runner, exercise, results, seed, expected)
+    return verdict_of(exercise, results, named, seed, complete=len(results) == len(items))
+
+
+def verdict_of(
+    exercise: Exercise, results: Sequence[ItemResult], named: Sequence[Mistake], seed: int, *, complete: bool
+) -> Verdict:
+    """Points and the word for them: correctness is all or nothing, shares for costs come on top only when right."""
+    kinds = [result.outcome.kind for result in results]
+    wrong = [result for result in results if result.item.kind == "case" and not result.agrees]
+    dear = [result for result in results if result.item.kind == "cost" and not result.agrees]
+    fatal = next(
+        (result for result in results if result.outcome.kind in ("died", "protocol", "timed out")), None
+    )
+    points = 0.0
+    if all(kind in ("not written", "missing", "not run") for kind in kinds):
+        word, reason = (
+            "not attempted",
+            next((r.reason for r in results if r.reason), "not written yet"),
+        )
+    elif fatal is not None:
+        word = "timed out" if fatal.outcome.kind == "timed out" else "crashed"
+        reason = f"{fatal.item.title} {fatal.reason}"
+    elif wrong or not complete:
+        first = wrong[0] if wrong else results[-1]
+        word, reason = "wrong", f"{first.item.title} {first.reason}"
+    else:
+        word = "right"
+        reason = f"right, but dearer than it needs to be: {dear[0].reason}" if dear else "all cases agree"
+        points = exercise.points * (1.0 - sum(result.item.share for result in dear))
+    return Verdict(
+        exercise,
+        exercise.name,
+        round(points, 6),
+        exercise.points,
+        word,
+        reason,
+        tuple(results),
+        tuple(named),
+        seed=seed,
+    )
+
+
+def expectations(runner: Runner, exercise: Exercise, seed: int) -> dict[str, Outcome]:
+    """The reference's own outcomes; HarnessFault when it does not get through its own items."""
+    reference = runner.ours(exercise, exercise.name)
+    outcomes = runner.run(exercise, reference, list(exercise.items.values()), seed, None)
+    for item in exercise.items.values():
+        outcome = outcomes.get(item.name)
+        if outcome is None or outcome.error is not None or outcome.changed:
+            what = "was not run" if outcome is None else (outcome.error or f"changed {outcome.changed}")
+            raise HarnessFault(f"{exercise.name}.{item.name}: the reference itself failed: {what}")
+    return outcomes
+
+
+def recognise(
+    runner: Runner,
+    exercise: Exercise,
+    results: Sequence[ItemResult],
+    seed: int,
+    expected: Mapping[str, Outcome],
+) -> tuple[Mistake, ...]:
+    """Mistakes that best explain every failed item: same data, then same complaint, then fewest other failures."""
+    failed = [result for result in results if not result.agrees]
+    wanted = with_earlier_phases(exercise, [result.item for result in failed])
+    ranked: list[tuple[tuple[int, int], Mistake]] = []
+    for mistake in exercise.mistakes.values():
+        answer = runner.ours(exercise, mistake.name)
+        outcomes = runner.run(exercise, answer, wanted, seed, expected)
+        same_complaint = 0
+        for result in failed:
+            theirs = outcomes.get(result.item.name)
+            likeness = explains(exercise, result, theirs, expected[result.item.name]) if theirs else None
+            if likeness is None:
+                break
+            same_complaint += likeness
+        else:
+            others = [
+                item for item in exercise.items.values() if item.name not in {r.item.name for r in failed}
+            ]
+            rest = runner.run(exercise, answer, with_earlier_phases(exercise, others), seed, expected)
+            surplus = sum(
+                item.name not in rest
+                or not compare(exercise, item, rest[item.name], expected[item.name]).agrees
+                for item in others
+            )
+            ranked.append(((same_complaint, surplus), mistake))
+    best = min((rank for rank, _ in ranked), default=None)
+    return tuple(mistake for rank, mistake in ranked if rank == best)
+
+
+def with_earlier_phases(exercise: Exercise, items: Iterable[Item]) -> list[Item]:
+    """The items and the phases they come after, in the exercise's order."""
+    names: set[str] = set()
+    for item in items:
+        while True:
+            names.add(item.name)
+            if item.after is None:
+                break
+            item = exercise.items[item.after]
+    return [item for item in exercise.items.values() if item.name in names]
+
+
+def explains(exercise: Exercise, result: ItemResult, theirs: Outcome, expected: Outcome) -> int | None:
+    """0 when a mistake gives the same data, 1 for the same complaint, None when it does not explain the failure."""
+    compared = compare(exercise, result.item, theirs, expected)
+    if compared.agrees:
+        return None
+    mine = result.outcome
+    if mine.error is None and theirs.error is None and not mine.changed and not theirs.changed:
+        if result.item.kind == "cost":
+            return (
+                0 if costs_of(result.item, mine) == costs_of(result.item, theirs) else _same(result, compared)
+            )
+        observed, given = without_saved(mine.observed), without_saved(theirs.observed)
+        if agreement.difference(observed, given, tol=result.item.tol) is None:
+            return 0
+    return _same(result, compared)
+
+
+def _same(result: ItemResult, compared: ItemResult) -> int | None:
+    return 1 if result.complaint is not None and result.complaint == compared.complaint else None
+
+
+def harness_fault(error: BaseException) -> str:
+    """One line for a fault of ours."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    place = f" ({last[0].filename}:{last[0].lineno})" if last else ""
+    return f"{type(error).__name__}: {error}{place}"

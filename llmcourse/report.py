@@ -1,0 +1,139 @@
+"""A verdict in words: text for a terminal, HTML for a notebook (JSON is `Verdict.to_json`)."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from llmcourse.judging import CostResult, ItemResult, Verdict
+
+if TYPE_CHECKING:
+    from llmcourse.checking import NotebookVerdict
+
+AUTHORITY = {
+    "worker": "counted beside the answer",
+    "protocol": "counted by the harness",
+    "outside": "measured from outside",
+}
+COLOURS = {"right": "#0072b2", "not attempted": "#888888"}
+WRONG_COLOUR = "#d55e00"
+MARK = {True: "✓", False: "✗"}
+
+
+def short(value: object) -> str:
+    """A value's repr, cut to a few words."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:39] + "…"
+
+
+def number(value: float) -> str:
+    """Points or counts without needless digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+
+
+def headline(verdict: Verdict) -> str:
+    return (
+        f"{verdict.name}: {verdict.verdict}, {number(verdict.points)} of {number(verdict.max_points)} points"
+    )
+
+
+def case_line(result: ItemResult) -> str:
+    """One case: its title and, where it failed, what was expected and found."""
+    line = f"{MARK[result.agrees]} {result.item.title}"
+    return line if result.agrees else f"{line}\n    {result.reason}"
+
+
+def cost_line(cost: CostResult) -> str:
+    """One cost beside its bound, and who counted it."""
+    counted = "not counted on this system" if cost.counted is None and cost.agrees else "not counted"
+    found = number(cost.counted) if cost.counted is not None else counted
+    bound = f", at most {number(cost.at_most)}" if cost.at_most is not None else ""
+    return f"{MARK[cost.agrees]} {cost.name}: {found}{bound} ({AUTHORITY[cost.authority]})"
+
+
+def _shown(verdict: Verdict) -> list[ItemResult]:
+    return [] if verdict.verdict == "not attempted" else list(verdict.results)
+
+
+def text(verdict: Verdict) -> str:
+    """The report as plain text."""
+    lines = [headline(verdict)]
+    if verdict.verdict == "not attempted" or not verdict.results:
+        lines.append(f"  {verdict.reason}")
+    for mistake in verdict.mistakes:
+        lines.append(f"  This is what you get when: {mistake.sentence}")
+    for result in _shown(verdict):
+        if result.item.kind == "case" or (not result.agrees and not result.costs):
+            lines.append("  " + case_line(result).replace("\n", "\n  "))
+            if not result.agrees and result.outcome.tried:
+                lines.append(f"      tried: {result.outcome.tried[0]}")
+        lines += [f"  {cost_line(cost)}" for cost in result.costs]
+    lines += [f"  Note: {note}" for note in verdict.notes]
+    if verdict.results and verdict.verdict == "wrong":
+        lines.append(f"  To repeat with the same inputs: check({verdict.name}, seed={verdict.seed})")
+    return "\n".join(lines)
+
+
+def notebook_text(verdict: NotebookVerdict) -> str:
+    """The report of a whole notebook as plain text."""
+    lines = [text(one) for one in verdict.exercises]
+    lines += [f"Note: {note}" for note in verdict.notes]
+    lines.append(f"{verdict.notebook}: {number(verdict.points)} of {number(verdict.max_points)} points")
+    return "\n".join(lines)
+
+
+STYLE = (
+    "border-left:4px solid {colour};padding:.5em .9em;margin:.3em 0;max-width:52em;"
+    "font-family:var(--jp-ui-font-family,sans-serif);font-size:13px;line-height:1.45"
+)
+MUTED = "color:var(--jp-ui-font-color2,#666)"
+CODE = "font-family:var(--jp-code-font-family,monospace);font-size:12px;white-space:pre-wrap"
+
+
+def html(verdict: Verdict) -> str:
+    """The report for a notebook: readable in a light and a dark theme, nothing in it is a link or a script."""
+    colour = COLOURS.get(verdict.verdict, WRONG_COLOUR)
+    points = f"{number(verdict.points)} of {number(verdict.max_points)} points"
+    style, word = STYLE.format(colour=colour), escape(verdict.verdict)
+    name = f"<code>{escape(verdict.name)}</code>"
+    parts = [
+        f"<div class='llmcourse-report' data-verdict='{word}' style='{style}'>",
+        f"<div><b style='color:{colour}'>{word}</b> · {name} · {points}</div>",
+    ]
+    if verdict.verdict == "not attempted" or not verdict.results:
+        parts.append(f"<div>{escape(verdict.reason)}</div>")
+    parts += [_mistake_html(mistake.sentence) for mistake in verdict.mistakes]
+    parts += [_item_html(result) for result in _shown(verdict)]
+    parts += [f"<div style='{MUTED}'>Note: {escape(note)}</div>" for note in verdict.notes]
+    if verdict.results and verdict.verdict == "wrong":
+        call = escape(f"check({verdict.name}, seed={verdict.seed})")
+        parts.append(f"<div style='{MUTED}'>Same inputs again: <code>{call}</code></div>")
+    return "\n".join([*parts, "</div>"])
+
+
+def _mistake_html(sentence: str) -> str:
+    style = "margin:.4em 0;padding:.4em .7em;background:var(--jp-layout-color2,#f3f3f3)"
+    return f"<div class='llmcourse-mistake' style='{style}'>This is what you get when: <b>{escape(sentence)}</b></div>"
+
+
+def _item_html(result: ItemResult) -> str:
+    colour = COLOURS["right"] if result.agrees else WRONG_COLOUR
+    mark = f"<span style='color:{colour};font-weight:bold'>{MARK[result.agrees]}</span>"
+    lines = []
+    if result.item.kind == "case" or (not result.agrees and not result.costs):
+        lines.append(f"<div>{mark} {escape(result.item.title)}</div>")
+    for cost in result.costs:
+        lines.append(
+            f"<div><span style='color:{COLOURS['right'] if cost.agrees else WRONG_COLOUR};font-weight:bold'>"
+            f"{MARK[cost.agrees]}</span> {escape(cost_line(cost)[2:])}</div>"
+        )
+    if not result.agrees and not result.costs:
+        tried = f"\ntried: {result.outcome.tried[0]}" if result.outcome.tried else ""
+        lines.append(f"<div style='{CODE};margin-left:1.3em'>{escape((result.reason or '') + tried)}</div>")
+    return "".join(lines)
+
+
+def hint_html(hint: str) -> str:
+    """A hint for a notebook."""
+    lines = "<br>".join(escape(line) for line in hint.splitlines())
+    return f"<div style='{STYLE.format(colour='#e69f00')}'>{lines}</div>"

@@ -1,0 +1,253 @@
+"""Frames between the judge and a worker: a JSON header and raw bytes, of exact types, bounded, nothing pickled.
+
+A frame is `MAGIC`, the header's length (4 bytes), the length of all blobs together (8 bytes), both big-endian, the
+header (UTF-8 JSON) and the blobs. Plain data (`Data`) is written into a header as tagged lists; tensors and bytes
+go into blobs. What is not plain data is sent as its type's name alone (`Opaque`), so that a report can say what came.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import socket
+import struct
+import time
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+MAGIC = b"LLMC"
+PREFIX = struct.Struct(">4sIQ")
+MAX_HEADER_BYTES = 16 << 20
+MAX_DEPTH = 32
+MAX_ITEMS = 200_000
+MAX_INT_DIGITS = 4_000
+MAX_OPAQUE_CHARS = 200
+
+DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+        *(torch.uint16, torch.uint32, torch.uint64),
+    )
+}
+Data = Union[
+    None, bool, int, float, str, bytes, Tensor, list["Data"], tuple["Data", ...], dict[str, "Data"], "Opaque"
+]
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """Something an answer gave that is not plain data; `kind` says what it was."""
+
+    kind: str
+
+
+class ProtocolError(Exception):
+    """The other side sent something that is not a frame of this protocol, or one out of bounds."""
+
+
+class Ended(Exception):
+    """The other side closed the connection."""
+
+
+class Encoder:
+    """Turns plain data into a JSON-able header and a list of blobs."""
+
+    def __init__(self) -> None:
+        self.blobs: list[bytes] = []
+        self.items = 0
+
+    def encode(self, data: object, depth: int = 0) -> list[Any]:
+        self.items += 1
+        if depth > MAX_DEPTH or self.items > MAX_ITEMS:
+            return ["?", "data nested too deeply or of too many parts"]
+        kind = type(data)
+        if data is None:
+            return ["n"]
+        if kind is bool:
+            return ["b", data]
+        if kind is int:
+            text = hex(data)  # type: ignore[arg-type]
+            return ["i", text] if len(text) <= MAX_INT_DIGITS else ["?", "an int of more than 4,000 digits"]
+        if kind is float:
+            return ["f", data.hex()]  # type: ignore[attr-defined]
+        if kind is str:
+            return ["s", data]
+        if kind is bytes:
+            return ["y", self.blob(data)]  # type: ignore[arg-type]
+        if kind is Tensor or kind is torch.nn.Parameter:
+            return self.encode_tensor(data)  # type: ignore[arg-type]
+        if kind is list or kind is tuple:
+            return ["l" if kind is list else "u", [self.encode(part, depth + 1) for part in data]]  # type: ignore[attr-defined]
+        if kind is dict and all(type(key) is str for key in data):  # type: ignore[attr-defined]
+            return ["d", [[key, self.encode(part, depth + 1)] for key, part in data.items()]]  # type: ignore[attr-defined]
+        if kind is Opaque:
+            return ["?", data.kind[:MAX_OPAQUE_CHARS]]  # type: ignore[attr-defined]
+        return ["?", f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")[:MAX_OPAQUE_CHARS]]
+
+    def encode_tensor(self, tensor: Tensor) -> list[Any]:
+        name = str(tensor.dtype).removeprefix("torch.")
+        if tensor.layout != torch.strided or name not in DTYPES or tensor.device.type == "meta":
+            return ["?", f"a {name} tensor, {tensor.layout}, on {tensor.device.type}".replace("torch.", "")]
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        return ["t", name, list(tensor.shape), tensor.device.type, self.blob(raw)]
+
+    def blob(self, raw: bytes) -> int:
+        self.blobs.append(raw)
+        return len(self.blobs) - 1
+
+
+def decode(node: Any, blobs: list[bytes], depth: int = 0) -> Data:
+    """Plain data back from `Encoder`'s header and blobs; ProtocolError for anything else."""
+    if depth > MAX_DEPTH or type(node) is not list or not node or type(node[0]) is not str:
+        raise ProtocolError("a value is not a tagged list")
+    tag, rest = node[0], node[1:]
+    if tag == "n" and not rest:
+        return None
+    if tag == "t" and len(rest) == 4:
+        return _decode_tensor(rest, blobs)
+    if len(rest) != 1:
+        raise ProtocolError(f"tag {tag!r} with {len(rest)} parts")
+    value = rest[0]
+    if tag == "b" and type(value) is bool:
+        return value
+    if tag in ("i", "f", "s", "?") and type(value) is str:
+        return _decode_scalar(tag, value)
+    if tag == "y":
+        return _blob(value, blobs)
+    if tag in ("l", "u") and type(value) is list:
+        parts = [decode(part, blobs, depth + 1) for part in value]
+        return parts if tag == "l" else tuple(parts)
+    if tag == "d" and type(value) is list:
+        pairs = [
+            (pair[0], pair[1])
+            for pair in value
+            if type(pair) is list and len(pair) == 2 and type(pair[0]) is str
+        ]
+        if len(pairs) == len(value) == len({key for key, _ in pairs}):
+            return {key: decode(part, blobs, depth + 1) for key, part in pairs}
+    raise ProtocolError(f"tag {tag[:8]!r} does not fit its value")
+
+
+def _decode_scalar(tag: str, text: str) -> Data:
+    if tag == "s":
+        return text
+    if tag == "?":
+        return Opaque(text[:MAX_OPAQUE_CHARS])
+    if len(text) > MAX_INT_DIGITS:
+        raise ProtocolError("a number of too many digits")
+    try:
+        return int(text, 16) if tag == "i" else float.fromhex(text)
+    except (ValueError, OverflowError) as error:
+        raise ProtocolError("a number that cannot be read") from error
+
+
+def _blob(index: Any, blobs: list[bytes]) -> bytes:
+    if type(index) is not int or not 0 <= index < len(blobs):
+        raise ProtocolError("a blob that was not sent")
+    return blobs[index]
+
+
+def _decode_tensor(rest: list[Any], blobs: list[bytes]) -> Data:
+    name, shape, device, index = rest
+    if type(name) is not str or name not in DTYPES or type(device) is not str or len(device) > 16:
+        raise ProtocolError("a tensor of unknown dtype or device")
+    if type(shape) is not list or len(shape) > 64 or any(type(n) is not int or n < 0 for n in shape):
+        raise ProtocolError("a tensor whose shape is not a list of sizes")
+    dtype, raw = DTYPES[name], _blob(index, blobs)
+    if math.prod(shape) * dtype.itemsize != len(raw):
+        raise ProtocolError("a tensor whose bytes do not fit its shape")
+    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    if dtype == torch.bool and raw and int(flat.max()) > 1:
+        raise ProtocolError("a bool tensor with bytes other than 0 and 1")
+    tensor = flat.view(dtype).reshape(shape)
+    # A judge need not own the device: where it was is kept beside the values, as a plain attribute.
+    return tensor if device == "cpu" else _note_device(tensor, device)
+
+
+def _note_device(tensor: Tensor, device: str) -> Tensor:
+    tensor.came_from = device  # type: ignore[attr-defined]
+    return tensor
+
+
+def device_of(tensor: Tensor) -> str:
+    """Device type a decoded tensor was on when it was observed."""
+    return getattr(tensor, "came_from", tensor.device.type)
+
+
+def copied(data: object) -> Data:
+    """The data as the judge would receive it: exact types, subclasses and foreign objects as `Opaque`."""
+    encoder = Encoder()
+    return decode(encoder.encode(data), encoder.blobs)
+
+
+def size_bytes(data: object) -> int:
+    """Bytes the data takes on the wire, header and blobs."""
+    encoder = Encoder()
+    return len(json.dumps(encoder.encode(data))) + sum(map(len, encoder.blobs))
+
+
+def send(channel: socket.socket, message: dict[str, Any], data: dict[str, object] | None = None) -> None:
+    """Send one frame: `message` is JSON, the values of `data` are plain data. Blocks until sent."""
+    encoder = Encoder()
+    body = {key: encoder.encode(value) for key, value in (data or {}).items()}
+    header = json.dumps({"message": message, "data": body, "blobs": [len(b) for b in encoder.blobs]}).encode()
+    if len(header) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} fit a frame")
+    prefix = PREFIX.pack(MAGIC, len(header), sum(map(len, encoder.blobs)))
+    channel.sendall(b"".join((prefix, header, *encoder.blobs)))
+
+
+def receive(
+    channel: socket.socket, *, max_bytes: int, deadline: float | None = None
+) -> tuple[dict[str, Any], dict[str, Data]]:
+    """Receive one frame: (message, data).
+
+    max_bytes bounds header and blobs together; `deadline` is on the clock of time.monotonic. Raises TimeoutError at
+    the deadline, Ended when the other side is gone, ProtocolError for what is not a frame or too large.
+    """
+    magic, header_bytes, blob_bytes = PREFIX.unpack(_read(channel, PREFIX.size, deadline))
+    if magic != MAGIC:
+        raise ProtocolError("not a frame")
+    if header_bytes > MAX_HEADER_BYTES or header_bytes + blob_bytes > max_bytes:
+        raise ProtocolError(
+            f"a frame of {header_bytes + blob_bytes} bytes; at most {max_bytes} were expected"
+        )
+    raw_header = _read(channel, header_bytes, deadline)
+    raw = _read(channel, blob_bytes, deadline)
+    try:
+        header = json.loads(raw_header)
+        message, body, lengths = header["message"], header["data"], header["blobs"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ProtocolError("a header that is not the JSON of a frame") from error
+    if type(message) is not dict or type(body) is not dict or type(lengths) is not list:
+        raise ProtocolError("a header that is not the JSON of a frame")
+    if any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != blob_bytes:
+        raise ProtocolError("blobs whose lengths do not add up")
+    ends = list(itertools.accumulate(lengths))
+    blobs = [raw[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    return message, {key: decode(node, blobs) for key, node in body.items()}
+
+
+def _read(channel: socket.socket, count: int, deadline: float | None) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError
+        channel.settimeout(left)
+        try:
+            part = channel.recv(min(count - len(parts), 1 << 20))
+        except (ConnectionResetError, BrokenPipeError) as error:
+            raise Ended from error
+        if not part:
+            raise Ended
+        parts += part
+    return bytes(parts)

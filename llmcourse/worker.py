@@ -1,0 +1,427 @@
+"""The process an answer runs in when it is judged for marks, and the zygote it is forked from.
+
+The judge starts one zygote (`python -m llmcourse.worker FD`), which imports torch, computes nothing and holds no
+lesson. For each submission it forks a worker, which gets a socket to the judge, runs the source text it is sent and
+answers items with observations. A worker never learns what is expected. The parent must not have run torch
+operations: forking a warm thread pool deadlocks the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import inspect
+import json
+import linecache
+import os
+import queue
+import random
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import types
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from llmcourse import wire
+from llmcourse.exercise import Rng
+
+ANSWER_MODULE, CASE_MODULE = "answer", "llmcourse_case"
+MAX_FILE_BYTES, MAX_OPEN_FILES = 2 << 30, 512
+MAX_MESSAGE_CHARS = 500
+MAX_NOTED_CALLS, MAX_NOTED_CHARS = 2, 240
+REQUEST_BYTES = 1 << 16
+
+
+# -------------------------------------------------------------------------------------- running one item, anywhere
+
+
+class Forbidden(RuntimeError):
+    """An answer called the library function its exercise asks to write."""
+
+
+@contextlib.contextmanager
+def switched_off(names: Sequence[str]) -> Iterator[None]:
+    """Replace library answers (dotted names) by ones that raise Forbidden, until the end of the block."""
+    kept: list[tuple[Any, str, Any]] = []
+    for dotted in names:
+        owner_name, _, name = dotted.rpartition(".")
+        owner = _resolve(owner_name)
+        kept.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, _refuser(dotted, getattr(owner, name)))
+    try:
+        yield
+    finally:
+        for owner, name, original in kept:
+            setattr(owner, name, original)
+
+
+def _resolve(dotted: str) -> Any:
+    parts = dotted.split(".")
+    found: Any = importlib.import_module(parts[0])
+    for index, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            importlib.import_module(".".join(parts[:index]))
+        found = getattr(found, part)
+    return found
+
+
+def _refuser(dotted: str, original: Any) -> Any:
+    message = f"{dotted} is what this exercise asks you to write; it is switched off here"
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise Forbidden(message)
+
+    if isinstance(original, type):
+        return type(original.__name__, (), {"__init__": refuse})
+    return functools.wraps(original)(refuse)
+
+
+def reset(seed: int) -> None:
+    """Put back what an answer may have set: threads, default dtype and device, grad mode, random generators."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device("cpu")
+    torch.set_grad_enabled(True)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+def summary(value: object) -> str:
+    """An argument in a few words, without copying it."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, bytes | bytearray):
+        return f"{len(value)} bytes"
+    if isinstance(value, dict | list | tuple) and len(repr(value)) > 60:
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def checksum(value: object) -> object:
+    """A checksum of an argument's bytes, nested containers included; None for what is not data."""
+    if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta":
+            return None
+        plain = value.detach().cpu().contiguous()
+        raw = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+        return (str(value.dtype), tuple(value.shape), zlib.crc32(raw))  # type: ignore[arg-type]
+    if isinstance(value, numpy.ndarray):
+        return (value.dtype.str, value.shape, zlib.crc32(numpy.ascontiguousarray(value).tobytes()))
+    if isinstance(value, bytes | bytearray):
+        return zlib.crc32(value)
+    if isinstance(value, dict):
+        return [(key, checksum(part)) for key, part in value.items()]
+    if isinstance(value, list | tuple):
+        return [checksum(part) for part in value]
+    return value if isinstance(value, int | float | str | bool | None) else None
+
+
+class Watched:
+    """Calls an answer; notes what it was called with and which arguments it changed."""
+
+    def __init__(self, answer: Callable[..., Any], *, mutates: bool) -> None:
+        self.tried: list[str] = []
+        self.changed: list[str] = []
+        self._answer, self._mutates = answer, mutates
+        functools.update_wrapper(self, answer)
+        self._names = parameters(answer)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        names = [
+            *self._names[: len(arguments)],
+            *(f"argument {i + 1}" for i in range(len(self._names), len(arguments))),
+        ]
+        given = {**dict(zip(names, arguments, strict=True)), **options}
+        if len(self.tried) < MAX_NOTED_CALLS:
+            shown = ", ".join(f"{name}={summary(value)}" for name, value in given.items())
+            self.tried.append(f"{getattr(self._answer, '__name__', 'answer')}({shown})"[:MAX_NOTED_CHARS])
+        if self._mutates:
+            return self._answer(*arguments, **options)
+        before = {name: checksum(value) for name, value in given.items()}
+        result = self._answer(*arguments, **options)
+        after = {name: checksum(value) for name, value in given.items()}
+        self.changed += [name for name in given if after[name] != before[name] and name not in self.changed]
+        return result
+
+
+def watched(answer: Any, *, mutates: bool) -> Any:
+    """The answer, wrapped if it is a function; classes reach the case as they are."""
+    return answer if isinstance(answer, type) or not callable(answer) else Watched(answer, mutates=mutates)
+
+
+def describe_error(error: BaseException, labels: Sequence[str]) -> dict[str, Any]:
+    """Type, message and place (label and line of the learner's own source) of an exception."""
+    line, label = None, None
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename in labels:
+            line, label = frame.lineno, frame.filename
+    if isinstance(error, SyntaxError) and error.filename in labels:
+        line, label = error.lineno, error.filename
+    kind = "not written" if isinstance(error, NotImplementedError) else "raised"
+    try:
+        message = str(error.msg if isinstance(error, SyntaxError) else error)
+    except Exception as unprintable:  # noqa: BLE001 - whatever an answer raises is its outcome
+        message = f"(its message cannot be printed: {type(unprintable).__name__})"
+    name = type(error).__name__
+    return {"kind": kind, "type": name, "message": message[:MAX_MESSAGE_CHARS], "label": label, "line": line}
+
+
+def perform(
+    function: Callable[..., Any],
+    answer: Any,
+    rng: Rng,
+    *,
+    extra: Sequence[Any] = (),
+    mutates: bool = False,
+    labels: Sequence[str] = (),
+) -> tuple[dict[str, Any], object]:
+    """Run one case or cost: (what happened, observations). Used by a worker and by `check` in a notebook alike."""
+    seen = watched(answer, mutates=mutates)
+    began = time.perf_counter()
+    observed, error = None, None
+    try:
+        observed = function(seen, rng, *extra)
+    except (Exception, SystemExit) as caught:  # noqa: BLE001 - whatever an answer raises is its outcome
+        error = describe_error(caught, labels)
+        if isinstance(caught, TypeError):
+            error["signature"] = parameters(answer)
+    seconds = time.perf_counter() - began
+    tried, changed = getattr(seen, "tried", []), getattr(seen, "changed", [])
+    if isinstance(answer, type):
+        tried, changed = [], []
+    return {"seconds": seconds, "error": error, "tried": tried, "changed": changed}, observed
+
+
+def parameters(answer: Callable[..., Any]) -> list[str]:
+    """Names of a function's parameters, or of a class's `__init__`."""
+    try:
+        return list(inspect.signature(answer).parameters)
+    except (TypeError, ValueError):
+        return []
+
+
+# ------------------------------------------------------------------------------------------------------- a worker
+
+
+class NoLessons(importlib.abc.MetaPathFinder):
+    """Keeps the course's own answers out of a process that runs a learner's."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        if fullname == "llmcourse.lessons" or fullname.startswith("llmcourse.lessons."):
+            raise ImportError(
+                "llmcourse.lessons holds the course's own answers; an answer that is judged cannot import it"
+            )
+
+
+class Channel:
+    """The worker's end of the connection: one thread reads, any thread may call the judge."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._waiting: dict[int, queue.SimpleQueue[tuple[dict[str, Any], dict[str, Any]]]] = {}
+        self._next = 0
+        self.inbox: queue.SimpleQueue[tuple[dict[str, Any], dict[str, Any]]] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                message, data = wire.receive(self._connection, max_bytes=1 << 40)
+                if "reply" in message:
+                    self._waiting.pop(message["reply"]).put((message, data))
+                else:
+                    self.inbox.put((message, data))
+        except (wire.Ended, OSError):
+            os._exit(0)
+
+    def send(self, message: dict[str, Any], data: dict[str, object] | None = None) -> None:
+        with self._sending:
+            wire.send(self._connection, message, data)
+
+    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Call a method of the judge's service and wait; a builtin exception it raises is raised here."""
+        answer: queue.SimpleQueue[tuple[dict[str, Any], dict[str, Any]]] = queue.SimpleQueue()
+        with self._sending:
+            self._next += 1
+            self._waiting[self._next] = answer
+            wire.send(self._connection, {"call": self._next, "method": method}, {"arguments": arguments})
+        message, data = answer.get()
+        if "raises" in message:
+            raise getattr(__import__("builtins"), message["raises"])(message["message"])
+        return data["result"]
+
+
+class Remote:
+    """Stands for a service in the judge's process: its calls go there and are counted there."""
+
+    def __init__(self, channel: Channel, methods: Sequence[str], attributes: dict[str, Any]) -> None:
+        self._channel = channel
+        for method in methods:
+            setattr(self, method, functools.partial(self._call, method))
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return self._channel.call(method, arguments)
+
+
+class Worker:
+    """Runs the source it is sent and answers items, until the judge closes the connection."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.channel = Channel(connection)
+        self.answer = types.ModuleType(ANSWER_MODULE)
+        self.cases = types.ModuleType(CASE_MODULE)
+        sys.modules[ANSWER_MODULE], sys.modules[CASE_MODULE] = self.answer, self.cases
+        self.labels: list[str] = []
+
+    def serve(self) -> None:
+        while True:
+            message, data = self.channel.inbox.get()
+            if message["do"] == "load":
+                self.load(message)
+            else:
+                self.item(message, data)
+
+    def load(self, message: dict[str, Any]) -> None:
+        if not message["trusted"]:
+            sys.meta_path.insert(0, NoLessons())
+        # Never left again: a worker serves one exercise.
+        self.forbidden = contextlib.ExitStack()
+        self.forbidden.enter_context(switched_off(message["forbid"]))
+        reset(message["seed"])
+        errors = []
+        for index, (label, text) in enumerate(message["parts"]):
+            self.channel.send({"part": index})
+            self.labels.append(label)
+            error = self.run(label, text, self.answer)
+            if error is not None:
+                errors.append(error)
+        self.defined = [name for name in vars(self.answer) if not name.startswith("__")]
+        case_error = self.run("<cases>", message["cases"], self.cases)
+        for name in message["uses"]:
+            setattr(self.cases, name, getattr(self.answer, name, None))
+        names = [name for name in self.defined if self._own(name)]
+        self.channel.send({"loaded": True, "errors": errors, "case_error": case_error, "names": names[:50]})
+
+    def _own(self, name: str) -> bool:
+        value = getattr(self.answer, name)
+        return callable(value) and getattr(value, "__module__", None) == ANSWER_MODULE
+
+    def run(self, label: str, text: str, module: types.ModuleType) -> dict[str, Any] | None:
+        linecache.cache[label] = (len(text), None, text.splitlines(keepends=True), label)
+        try:
+            exec(compile(text, label, "exec", dont_inherit=True), vars(module))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever an answer raises is its outcome
+            return describe_error(error, [label])
+        return None
+
+    def item(self, message: dict[str, Any], data: dict[str, Any]) -> None:
+        name = message["answer"]
+        if not hasattr(self.answer, name):
+            self.channel.send(
+                {"done": True, "error": {"kind": "missing"}, "seconds": 0.0, "tried": [], "changed": []}
+            )
+            return
+        reset(message["answer_seed"])
+        rng = Rng(message["seed"], message["answer_seed"])
+        extra: list[Any] = [data["saved"]] if "saved" in data else []
+        if message["methods"] is not None:
+            extra.append(Remote(self.channel, message["methods"], message["attributes"]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            happened, observed = perform(
+                getattr(self.cases, message["item"]),
+                getattr(self.answer, name),
+                rng,
+                extra=extra,
+                mutates=message["mutates"],
+                labels=self.labels,
+            )
+        self.channel.send({"done": True, **happened}, {"observed": observed})
+
+
+def become_worker(connection: socket.socket, folder: str, max_data_bytes: int) -> None:
+    """Set limits, move into the worker's own folder, silence output and serve; never returns."""
+    os.setsid()
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(quiet, descriptor)
+    os.chdir(folder)
+    os.environ["TMPDIR"] = folder
+    limits = [
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+    ]
+    if sys.platform == "linux":
+        limits.append((resource.RLIMIT_DATA, max_data_bytes))
+    for kind, limit in limits:
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard),) * 2)
+    Worker(connection).serve()
+
+
+# ------------------------------------------------------------------------------------------------------ the zygote
+
+
+def serve_zygote(control: socket.socket) -> None:
+    """Fork a worker per request and report how workers ended, until the judge goes; then end them all."""
+    children: set[int] = set()
+    while True:
+        raw, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 1)
+        if not raw:
+            break
+        request = json.loads(raw)
+        if "fork" in request:
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                # A worker that ends in any way must not run the zygote's own exit.
+                try:
+                    become_worker(
+                        socket.socket(fileno=descriptors[0]), request["fork"], request["max_data_bytes"]
+                    )
+                finally:
+                    os._exit(3)
+            children.add(pid)
+            for descriptor in descriptors:
+                os.close(descriptor)
+            control.sendall(json.dumps({"pid": pid}).encode())
+        else:
+            _, status, usage = os.wait4(request["wait"], 0)
+            children.discard(request["wait"])
+            control.sendall(json.dumps({"status": status, "max_rss": usage.ru_maxrss}).encode())
+    for pid in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """Entry point of the zygote: `python -m llmcourse.worker FD MODULE...` (modules imported beforehand)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.sendall(b"ready")
+    serve_zygote(control)
+
+
+if __name__ == "__main__":
+    main()
