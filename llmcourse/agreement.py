@@ -68,7 +68,7 @@ def describe(data: Data) -> str:
         return data.kind
     if isinstance(data, list | tuple):
         short = repr(data)
-        plain = all(isinstance(part, int | float | str | bool | None) for part in data)
+        plain = all(isinstance(part, int | str | bool | None) for part in data)
         return short if plain and len(short) <= SHOWN_CHARS else f"a {type(data).__name__} of {len(data)}"
     if isinstance(data, dict):
         return f"a dict with keys {', '.join(sorted(data)[:6])}" if data else "an empty dict"
