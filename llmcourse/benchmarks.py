@@ -1,0 +1,341 @@
+"""Measures what the course promises and writes BENCHMARKS.md: `make bench`.
+
+Times are compared only within a run: contenders take turns in random order, each ratio is the median of paired ratios
+with a bootstrap interval. Absolute times are leads for the machine that the table names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROUNDS = 15
+RESAMPLES = 2_000
+CHECKPOINT_BYTES = 500 << 20
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was promised, what was measured, whether it holds (None: nothing was promised)."""
+
+    what: str
+    measured: str
+    promised: str
+    holds: bool | None
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float, float]:
+    """(median, low, high) of the paired ratios; low and high are a 95 % bootstrap interval of that median.
+
+    >>> paired_ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    (2.0, 2.0, 2.0)
+    """
+    ratios = [n / d for n, d in zip(numerators, denominators, strict=True)]
+    draw = random.Random(0)
+    medians = sorted(median(draw.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
+    return median(ratios), medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+
+
+# ------------------------------------------------------------------------------------------------------- loading
+
+
+def write_checkpoint(folder: Path) -> int:
+    """A random sharded checkpoint of at least 500 MiB, and the same weights for torch.load; its bytes."""
+    import torch
+
+    from llmcourse.model import Decoder, ModelConfig, save_checkpoint
+
+    config = ModelConfig(
+        vocab_size=16_000,
+        hidden_size=1_024,
+        intermediate_size=2_816,
+        num_hidden_layers=10,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+    torch.manual_seed(0)
+    model = Decoder(config)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert size >= CHECKPOINT_BYTES, (
+        f"the benchmark's checkpoint has {size} bytes; expected {CHECKPOINT_BYTES}"
+    )
+    save_checkpoint(model, folder, max_shard_bytes=160 << 20)
+    torch.save(model.state_dict(), folder / "model.pt")
+    return size
+
+
+def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
+    """Each way to load the checkpoint: what it returns has the weights, touched by nobody yet."""
+    import torch
+    from safetensors.torch import load_file
+
+    from llmcourse.model import Decoder, ModelConfig, load_checkpoint
+
+    def copied() -> Any:
+        model = load_checkpoint(folder)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return model
+
+    def shards() -> dict[str, Any]:
+        return {
+            name: part
+            for path in sorted(folder.glob("*.safetensors"))
+            for name, part in load_file(path).items()
+        }
+
+    def assigned() -> Any:
+        with torch.device("meta"):
+            model = Decoder(ModelConfig.from_folder(folder))
+        model.load_state_dict(shards(), assign=True)
+        model.model.rotary_emb.rebuild("cpu")
+        return model
+
+    ways: dict[str, Callable[[], Any]] = {
+        "llmcourse load_checkpoint": lambda: load_checkpoint(folder),
+        "llmcourse, copied": copied,
+        "safetensors load_file, assigned to the same model": assigned,
+        "safetensors load_file, a dict and no model": shards,
+        "torch.load": lambda: torch.load(folder / "model.pt"),
+        "torch.load(mmap=True)": lambda: torch.load(folder / "model.pt", mmap=True),
+    }
+    try:
+        from transformers import LlamaForCausalLM, logging
+    except ImportError:
+        return ways
+    logging.disable_progress_bar()
+    ways["transformers from_pretrained"] = lambda: LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    return ways
+
+
+def touch(loaded: Any) -> float:
+    """Read every weight once; the sum keeps the reading from being dropped."""
+    tensors = loaded.values() if isinstance(loaded, dict) else loaded.parameters()
+    return sum(float(tensor.detach().sum()) for tensor in tensors)
+
+
+def time_loaders(folder: Path, rounds: int) -> dict[str, list[float]]:
+    """Seconds of load plus touch, per way, in rounds of random order; warm page cache, one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+    ways = loaders(folder)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name in random.sample(list(ways), k=len(ways)):
+            began = time.perf_counter()
+            loaded = ways[name]()
+            touch(loaded)
+            taken = time.perf_counter() - began
+            del loaded
+            gc.collect()
+            if number:  # the first round warms caches and imports
+                seconds[name].append(taken)
+    return seconds
+
+
+def peak_of(folder: Path, name: str) -> int:
+    """Peak anonymous bytes of loading and touching one way, in this process."""
+    from llmcourse.counting import PeakMemory, settle
+
+    way = loaders(folder)[name]
+    settle()
+    memory = PeakMemory()
+    memory.start()
+    loaded = way()
+    touch(loaded)
+    memory.stop()
+    peak = memory.counts()["peak anonymous bytes"][0]
+    return -1 if peak is None else int(peak)
+
+
+def loading_rows(rounds: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        size = write_checkpoint(folder)
+        gc.collect()
+        seconds = time_loaders(folder, rounds)
+        ours = seconds["llmcourse load_checkpoint"]
+        bars = {
+            "transformers from_pretrained": 1.5,
+            "safetensors load_file, assigned to the same model": 0.95,
+        }
+        for name, taken in seconds.items():
+            middle, low, high = paired_ratio(taken, ours)
+            bar = bars.get(name)
+            yield Row(
+                f"load and touch {size / 1e6:.0f} MB: {name}",
+                f"{median(taken) * 1e3:.0f} ms, {middle:.2f}× ours [{low:.2f}, {high:.2f}]",
+                f"lower bound ≥ {bar}" if bar else "",
+                low >= bar if bar else None,
+            )
+        for name, bound in (("llmcourse load_checkpoint", 0.05), ("llmcourse, copied", 1.05)):
+            peak = int(_fresh(["--peak", name, "--folder", place]))
+            measured = f"{peak / size:.3f} × the file" if peak >= 0 else "not measured on this system"
+            holds = None if peak < 0 else peak <= bound * size
+            yield Row(f"peak anonymous memory: {name}", measured, f"≤ {bound} × the file", holds)
+
+
+def _fresh(arguments: list[str]) -> str:
+    command = [sys.executable, "-m", "llmcourse.benchmarks", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
+
+
+# -------------------------------------------------------------------------------------------- starting and judging
+
+
+def start_seconds(codes: dict[str, list[str]], rounds: int) -> dict[str, list[float]]:
+    """Wall seconds of fresh Python processes, in rounds of random order."""
+    seconds: dict[str, list[float]] = {name: [] for name in codes}
+    for number in range(rounds + 1):
+        for name in random.sample(list(codes), k=len(codes)):
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *codes[name]], check=True, capture_output=True, cwd=REPOSITORY)
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def starting_rows(rounds: int) -> Iterator[Row]:
+    notebook = next((REPOSITORY / "solutions").glob("01_*/01_parameter_loading.ipynb"), None)
+    codes = {
+        "torch": ["-c", "import torch"],
+        "llmcourse": ["-c", "import torch, llmcourse"],
+        "check": ["-c", "import torch; from llmcourse import check"],
+        "help": ["-m", "llmcourse.cli", "--help"],
+    }
+    if notebook is not None:
+        codes["judge"] = ["-m", "llmcourse.cli", "check", str(notebook), "--json"]
+    seconds = start_seconds(codes, rounds)
+
+    def beyond(name: str) -> float:
+        return median(a - b for a, b in zip(seconds[name], seconds["torch"], strict=True))
+
+    yield Row("import torch", f"{median(seconds['torch']):.2f} s", "", None)
+    extra = beyond("llmcourse")
+    yield Row("import llmcourse, beyond torch", f"{extra:.2f} s", "≤ 0.3 s", extra <= 0.3)
+    yield Row("from llmcourse import check, beyond torch", f"{beyond('check'):.2f} s", "", None)
+    taken = median(seconds["help"])
+    yield Row("llmcourse --help", f"{taken:.2f} s", "≤ 0.5 s", taken <= 0.5)
+    if notebook is not None:
+        inside = items_seconds("parameter_loading")
+        extra = beyond("judge") - inside
+        measured = f"{extra:.2f} s (whole command {median(seconds['judge']):.2f} s, items {inside:.2f} s)"
+        yield Row("llmcourse check of lesson 01, beyond items and torch", measured, "≤ 0.5 s", extra <= 0.5)
+
+
+def items_seconds(topic: str) -> float:
+    """Seconds that a right answer's items take, once as the learner's and once as the reference's."""
+    from llmcourse.auditing import exercises_of
+    from llmcourse.engine import Engine
+
+    with Engine() as engine:
+        return 2 * sum(
+            outcome.seconds
+            for exercise in exercises_of([topic])
+            for outcome in engine.expected(exercise, 1).values()
+        )
+
+
+def check_seconds(repeats: int) -> list[float]:
+    """Seconds of `check` in a notebook's process: every exercise, answered by each alternative and each mistake."""
+    from llmcourse.auditing import exercises_of
+    from llmcourse.judging import InProcess, expectations, judge
+
+    runner, seconds = InProcess(), []
+    for exercise in exercises_of([]):
+        answers = [*exercise.alternatives, *exercise.mistakes]
+        for seed in range(repeats):
+            for name in answers:
+                began = time.perf_counter()
+                judge(
+                    runner, exercise, runner.ours(exercise, name), seed, expectations(runner, exercise, seed)
+                )
+                seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def checking_rows() -> Iterator[Row]:
+    seconds = sorted(check_seconds(repeats=2))
+    p95 = quantiles(seconds, n=20)[-1]
+    measured = (
+        f"p50 {median(seconds):.2f} s, p95 {p95:.2f} s of {len(seconds)} (every alternative and mistake)"
+    )
+    yield Row("check of an exercise in a notebook", measured, "p95 ≤ 1 s", p95 <= 1.0)
+
+
+def lesson_rows() -> Iterator[Row]:
+    """Seconds to execute each lesson, all cells, in a fresh kernel."""
+    import nbclient
+    import nbformat
+
+    for path in sorted((REPOSITORY / "solutions").glob("*/*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
+            taken = time.perf_counter() - began
+        yield Row(f"execute {path.stem}", f"{taken:.0f} s", "≤ 120 s", taken <= 120)
+
+
+# --------------------------------------------------------------------------------------------------------- table
+
+
+def table(rows: Sequence[Row], rounds: int) -> str:
+    """The Markdown file: machine, method, one line a row."""
+    from llmcourse import machine
+
+    lines = [
+        "# Benchmarks",
+        "",
+        f"Measured by `make bench` on: {machine.describe()}. Loading: warm page cache, one thread, {rounds} rounds in "
+        "random order, medians of paired ratios with a 95 % bootstrap interval.",
+        "",
+        "| what | measured | promised | holds |",
+        "|---|---|---|---|",
+    ]
+    word = {True: "yes", False: "**no**", None: ""}
+    lines += [f"| {row.what} | {row.measured} | {row.promised} | {word[row.holds]} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m llmcourse.benchmarks [--rounds N]`; exit status 1 when something promised does not hold."""
+    parser = argparse.ArgumentParser(
+        prog="make bench", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    os.environ.update(QUIET)
+    if options.peak:
+        print(peak_of(options.folder, options.peak))
+        return 0
+    rows: list[Row] = []
+    parts = (lambda: loading_rows(options.rounds), lambda: starting_rows(5), checking_rows, lesson_rows)
+    for part in parts:
+        for row in part():
+            rows.append(row)
+            print(f"{row.what}: {row.measured} {row.promised and '(' + row.promised + ')'}", flush=True)
+    (REPOSITORY / "BENCHMARKS.md").write_text(table(rows, options.rounds), encoding="utf-8")
+    return 1 if any(row.holds is False for row in rows) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
