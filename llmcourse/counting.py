@@ -1,0 +1,461 @@
+"""Deterministic costs: FLOPs, bytes, calls, and the anonymous memory of a process.
+
+Two kinds are kept apart. `TensorWork`, `calls` and `saved_bytes` watch the process they run in: they
+see what torch dispatches on this thread, and miss numpy, files, other threads and whatever happens
+inside one kernel. `PeakMemory` looks from outside, through the kernel, and misses nothing that stays
+for about a millisecond; it works on Linux only.
+
+    with TensorWork() as work:
+        answer(weight)
+    return {"largest tensor, bytes": (work.largest_tensor_bytes, weight.nbytes)}
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import inspect
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+SAMPLE_INTERVAL_S = 0.001
+
+
+# ---------------------------------------------------------------- work of torch operations
+
+
+def _matrix_vector_flops(matrix: Tensor, vector: Tensor, **_: Any) -> int:
+    return 2 * matrix.numel()
+
+
+def _added_matrix_vector_flops(added: Tensor, matrix: Tensor, vector: Tensor, **_: Any) -> int:
+    return 2 * matrix.numel()
+
+
+def _dot_flops(left: Tensor, right: Tensor, **_: Any) -> int:
+    return 2 * left.numel()
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """QK^T and PV over all positions (a causal mask halves the need, not this count).
+
+    query [batch, heads, queries, width], key and value [batch, key heads, keys, width]: every query
+    head does the whole work whether or not it shares its keys, so the query's heads are the ones counted.
+    """
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward_flops(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    """Scores again, then the gradients of query, key, value and probabilities: 5 products."""
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (3 * width + 2 * value.shape[-1])
+
+
+# torch's registry has no formula for these, or one that refuses grouped-query attention.
+_OWN_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten.mv": _matrix_vector_flops,
+    "aten.addmv": _added_matrix_vector_flops,
+    "aten.dot": _dot_flops,
+    "aten.vdot": _dot_flops,
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention_flops,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_flops,
+    "aten._scaled_dot_product_flash_attention": _attention_flops,
+    "aten._scaled_dot_product_efficient_attention": _attention_flops,
+    "aten._scaled_dot_product_cudnn_attention": _attention_flops,
+}
+
+# Operations that move, create, order, normalise or reduce: a few FLOPs an element, which the convention
+# of FLOP counting leaves out. Whatever is neither here, nor tagged so by torch, nor counted, is reported.
+_NOT_PRODUCTS = frozenset(
+    """
+    _assert_async _efficientzerotensor _embedding_bag _local_scalar_dense _log_softmax
+    _log_softmax_backward_data _pin_memory _reshape_copy _safe_softmax _softmax _softmax_backward_data
+    _to_copy _to_sparse _to_sparse_csr _unique2 _unsafe_view alias all amax amin aminmax any arange argmax
+    argmin argsort as_strided bernoulli bincount bucketize cat clone constant_pad_nd copy count_nonzero
+    cummax cummin cumprod cumsum detach diag_embed diagonal_scatter embedding embedding_dense_backward
+    empty empty_like empty_strided equal exponential eye fill flip full full_like fused_dropout gather
+    geometric histc index index_add index_copy index_fill index_put index_select isin item kthvalue lift
+    lift_fresh linalg_vector_norm linspace logcumsumexp logspace logsumexp masked_scatter masked_select
+    max mean median min mode multinomial nansum native_batch_norm native_batch_norm_backward
+    native_dropout native_dropout_backward native_group_norm native_group_norm_backward native_layer_norm
+    native_layer_norm_backward new_empty new_empty_strided new_full new_ones new_zeros nll_loss_backward
+    nll_loss_forward nonzero norm normal one_hot ones ones_like pad permute polar prod put
+    quantize_per_channel quantize_per_tensor quantize_per_tensor_dynamic rand rand_like randint
+    randint_like randn randn_like random randperm record_stream repeat repeat_interleave resize
+    resolve_conj resolve_neg roll scalar_tensor scatter scatter_add scatter_reduce searchsorted
+    select_backward select_scatter set slice_backward slice_scatter sort split split_with_sizes stack std
+    std_mean sum take topk tril tril_indices triu triu_indices uniform unique_consecutive unsafe_chunk
+    unsafe_split unsafe_split_with_sizes var var_mean zero zeros zeros_like
+    """.split()  # noqa: SIM905, a list of literals would take one line a word
+)
+_CHEAP_TAGS = frozenset({"pointwise", "reduction", "inplace_view"})
+
+
+class TensorWork(TorchDispatchMode):
+    """What torch operations do inside a `with` block, on this thread (backward passes included).
+
+    flops                 multiplications and additions of matrix products, convolutions and attention, as
+                          `torch.utils.flop_counter` counts them (2 a multiply-add), and of matrix-vector
+                          products and dots; elementwise work is left out
+    flops_by_op           the same for each operation
+    uncounted             names of operations on large tensors whose work no formula gives (int8 and int4
+                          kernels, sparse products, factorizations): with any, `flops` is a lower bound
+    calls                 Counter of operation names, such as "aten.mm"
+    allocated_bytes       sum of the storages that operations allocated; a view allocates nothing, a
+                          storage freed again still counts
+    largest_tensor_bytes  the largest of these storages, and `largest_tensor_op`, the operation that made it
+
+    Tensors on the meta device allocate nothing. Memory that arrives from elsewhere (numpy, files,
+    `torch.UntypedStorage`) is not seen; `PeakMemory` sees it.
+    """
+
+    def __init__(self, *, large_elements: int = 1024) -> None:
+        super().__init__()
+        self.large_elements = large_elements
+        self.flops_by_op: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.allocated_bytes = 0
+        self.largest_tensor_bytes = 0
+        self.largest_tensor_op = ""
+        self._uncounted: set[str] = set()
+
+    @property
+    def flops(self) -> int:
+        return sum(self.flops_by_op.values())
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        return tuple(sorted(self._uncounted))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(_unwraps_itself(kind) for kind in types):
+            return NotImplemented  # the subclass turns into plain operations, and those come back here
+        if _formula(func) is None:
+            with self:  # under inference_mode composite operations such as linear arrive whole
+                decomposed = func.decompose(*args, **kwargs)
+            if decomposed is not NotImplemented:
+                return decomposed
+        inputs = list(_tensors((args, kwargs)))
+        before_bytes = _storage_bytes(inputs)
+        if func is torch.ops.aten.lift_fresh.default and args[0].untyped_storage().resizable():
+            before_bytes = {}  # torch.tensor(list) brings new storage as an input; numpy's cannot resize
+        result = func(*args, **kwargs)
+        name = str(func._overloadpacket)
+        self.calls[name] += 1
+        self._count_storages(name, before_bytes, _storage_bytes([*inputs, *_tensors(result)]))
+        self._count_flops(func, name, args, kwargs, result)
+        return result
+
+    def _count_storages(self, name: str, before_bytes: dict[int, int], after_bytes: dict[int, int]) -> None:
+        for storage, size_bytes in after_bytes.items():
+            grown_bytes = size_bytes - before_bytes.get(storage, 0)
+            if grown_bytes <= 0:
+                continue
+            self.allocated_bytes += grown_bytes
+            if size_bytes > self.largest_tensor_bytes:
+                self.largest_tensor_bytes, self.largest_tensor_op = size_bytes, name
+
+    def _count_flops(self, func: Any, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        formula = _formula(func)
+        inputs = list(_tensors((args, kwargs)))
+        strided = all(tensor.layout is torch.strided for tensor in inputs)
+        if formula is not None and strided:
+            try:
+                self.flops_by_op[name] += formula(*args, **kwargs, out_val=result)
+                return
+            except AssertionError:  # torch's formulas assert the shapes they were written for
+                pass
+        elif formula is None and _is_cheap(func):
+            return
+        if any(tensor.numel() >= self.large_elements for tensor in [*inputs, *_tensors(result)]):
+            self._uncounted.add(name)
+
+
+def _formula(func: Any) -> Callable[..., int] | None:
+    packet = func._overloadpacket
+    return _OWN_FORMULAS.get(str(packet)) or flop_registry.get(packet)
+
+
+def _is_cheap(func: Any) -> bool:
+    if func.is_view or any(tag.name in _CHEAP_TAGS for tag in func.tags):
+        return True
+    name = func._overloadpacket.__name__
+    return name.startswith(("_foreach_", "_fused_")) or name.rstrip("_") in _NOT_PRODUCTS
+
+
+def _unwraps_itself(kind: type) -> bool:
+    dispatch = getattr(kind, "__torch_dispatch__", None)
+    return dispatch is not None and dispatch is not torch._C._disabled_torch_dispatch_impl
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Storage identity -> its bytes, each storage once; tensors must stay alive while this is used."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        for part in _dense_parts(tensor):
+            if part.layout is not torch.strided:  # an opaque layout (mkldnn) has no storage to ask
+                sizes[id(part)] = part.numel() * part.element_size()
+                continue
+            storage = part.untyped_storage()
+            if storage.device.type != "meta":
+                sizes[storage._cdata] = storage.nbytes()
+    return sizes
+
+
+def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
+# ---------------------------------------------------------------- saved for backward
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for backward: each storage once, however many views of it are saved."""
+
+    def __init__(self, ignore: Iterable[Tensor]) -> None:
+        self._ignored = {StorageWeakRef(tensor.untyped_storage()) for tensor in ignore}
+        self._sizes: dict[StorageWeakRef, int] = {}
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        for part in _dense_parts(tensor):
+            # A weak reference keeps the identity from being used again after the storage is freed.
+            storage = part.untyped_storage()
+            reference = StorageWeakRef(storage)
+            if reference not in self._ignored:
+                self._sizes[reference] = storage.nbytes()
+        return tensor
+
+
+@contextmanager
+def saved_bytes(*, ignore: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
+    """Count what autograd saves for backward inside the block.
+
+    `ignore` takes the tensors that live anyway (parameters, inputs), so that what remains are activations.
+    A view keeps its whole storage alive, so the whole storage counts.
+
+        with saved_bytes(ignore=model.parameters()) as saved:
+            loss = model(x)
+        saved.total_bytes
+    """
+    saved = SavedBytes(ignore)
+    with torch.autograd.graph.saved_tensors_hooks(saved._pack, lambda tensor: tensor):
+        yield saved
+
+
+# ---------------------------------------------------------------- calls
+
+
+class Counted:
+    """A callable that counts its calls, from any thread; other attributes are those of what it wraps."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._lock = threading.Lock()
+        self.calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            self.calls += 1
+        return self._function(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_function":  # not set yet while being copied: looking further would not end
+            raise AttributeError(name)
+        return getattr(self._function, name)
+
+
+@contextmanager
+def calls(owner: Any, name: str) -> Iterator[Counted]:
+    """Count the calls of `owner.name`, a function of a module or a method, inside the block.
+
+    Only calls that look the name up on `owner` are seen: `from torch import matmul` made a name of its own.
+    Yields a `Counted`, whose `calls` is the number.
+    """
+    raw = inspect.getattr_static(owner, name, None)
+    if raw is None:
+        raise AttributeError(f"{owner!r} has no attribute {name!r} whose calls could be counted")
+    own = name in getattr(owner, "__dict__", {})
+    shared = inspect.isclass(owner) or inspect.ismodule(owner)
+    target = raw.__func__ if shared and isinstance(raw, (staticmethod, classmethod)) else raw
+    counted = Counted(target if shared else getattr(owner, name))
+
+    @functools.wraps(counted._function)
+    def counting(*args: Any, **kwargs: Any) -> Any:  # a function, so that it binds as a method does
+        return counted(*args, **kwargs)
+
+    kind = type(raw) if shared and isinstance(raw, (staticmethod, classmethod)) else None
+    try:
+        setattr(owner, name, kind(counting) if kind else counting)
+    except TypeError as error:
+        raise TypeError(f"{owner!r} does not let {name!r} be replaced: wrap it in Counted") from error
+    try:
+        yield counted
+    finally:
+        if own:
+            setattr(owner, name, raw)
+        else:
+            delattr(owner, name)
+
+
+# ---------------------------------------------------------------- memory, seen from outside
+
+
+def can_read_memory() -> bool:
+    """Whether this system says how much anonymous memory a process holds (Linux 4.5 or later)."""
+    try:
+        anonymous_bytes()
+    except OSError:
+        return False
+    return True
+
+
+def anonymous_bytes(pid: int | None = None) -> int:
+    """Resident anonymous memory of a process in bytes: what it allocated, without the files it maps.
+
+    Read from RssAnon of /proc/PID/status, within `memory_error_bytes()`. Call `settle()` in that process
+    first, or memory freed but not returned is counted. OSError where the system has no such number;
+    ProcessLookupError where the process does not exist.
+    """
+    if sys.platform != "linux":
+        raise OSError(f"anonymous memory is read from /proc, which {sys.platform} does not have; use Linux")
+    status = Path("/proc") / str(os.getpid() if pid is None else pid) / "status"
+    try:
+        text = status.read_text()
+    except FileNotFoundError as error:
+        raise ProcessLookupError(f"{status} does not exist: no process {pid} runs here") from error
+    for line in text.splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{status} has no line RssAnon (a kernel before 4.5, or a process that has ended)")
+
+
+def memory_error_bytes() -> int:
+    """Largest error of one reading of `anonymous_bytes`.
+
+    Linux 6.2 and later keeps the counter in parts, one a processor, and adds a part to the total when it
+    reaches a batch of max(32, 2 · processors) pages (lib/percpu_counter.c); a reading may miss the parts.
+    """
+    processors = os.cpu_count() or 1
+    return processors * max(32, 2 * processors) * os.sysconf("SC_PAGE_SIZE")
+
+
+def settle() -> None:
+    """Collect garbage and hand freed memory back to the system: do so before memory is read."""
+    gc.collect()
+    trim = getattr(_c_library(), "malloc_trim", None)  # glibc only; musl and macOS have none
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+class PeakMemory:
+    """Peak of a process's anonymous memory above what it held at `start()`, in bytes.
+
+    A thread of the process that owns this object samples the process `pid` about every millisecond, so the
+    measured process cannot touch the samples; it says when to start and stop, and calls `settle()` before.
+    Over several windows the largest peak and the smallest bound are kept, so another window cannot replace
+    a bad one. `counts()` gives (None, None) where the system cannot measure, and before any `stop()`.
+    """
+
+    calls: ClassVar[tuple[str, ...]] = ("start", "stop")
+
+    def __init__(self, pid: int | None = None) -> None:
+        self.pid = os.getpid() if pid is None else pid
+        self._peak_bytes: int | None = None
+        self._at_most: int | None = None
+        self._start_bytes = 0
+        self._highest_bytes = 0
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._running = False
+
+    def start(self) -> None:
+        if self._running:
+            raise RuntimeError("PeakMemory.start() was called twice; call stop() before starting again")
+        self._running = True
+        if not can_read_memory():
+            return
+        self._start_bytes = self._highest_bytes = anonymous_bytes(self.pid)
+        self._done.clear()
+        self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
+        self._thread.start()
+
+    def stop(self, at_most: int | None = None) -> None:
+        """End the window; `at_most` is the bound in bytes that the peak is to be compared with."""
+        if not self._running:
+            raise RuntimeError("PeakMemory.stop() was called without start(); call start() first")
+        if at_most is not None and (type(at_most) is not int or at_most < 0):
+            raise ValueError(f"at_most is a number of bytes, an int of at least 0, not {at_most!r}")
+        if not self._end_window():
+            return
+        self._peak_bytes = max(self._peak_bytes or 0, self._highest_bytes - self._start_bytes)
+        if at_most is not None:
+            self._at_most = at_most if self._at_most is None else min(at_most, self._at_most)
+
+    def counts(self) -> dict[str, tuple[float | None, float | None]]:
+        self._end_window()  # one that an exception left open is not measured, and not sampled for ever
+        if self._peak_bytes is None:
+            return {"peak anonymous bytes": (None, None)}
+        at_most = None if self._at_most is None else float(self._at_most)
+        return {"peak anonymous bytes": (float(self._peak_bytes), at_most)}
+
+    def _end_window(self) -> bool:
+        """Stop sampling; whether there was anything to stop."""
+        thread, self._thread, self._running = self._thread, None, False
+        if thread is None:
+            return False
+        self._done.set()
+        thread.join()
+        return True
+
+    def _sample(self) -> None:
+        finished = False
+        while not finished:
+            finished = self._done.wait(SAMPLE_INTERVAL_S)  # the last reading comes after stop was asked for
+            try:
+                self._highest_bytes = max(self._highest_bytes, anonymous_bytes(self.pid))
+            except OSError:  # the process ended in the window: what was seen until then stands
+                return

@@ -1,0 +1,108 @@
+"""Every widget of the course: controls above a figure that is drawn again when one of them moves.
+
+They need a running kernel, so a lesson shows the static figure beside each. While a notebook is graded
+(`figures.inert()`) every function returns None at once and ipywidgets stays unimported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from llmcourse import figures
+
+if TYPE_CHECKING:
+    from ipywidgets import VBox
+
+BYTES_PER_PARAMETER: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+READS = {"its own slice": False, "the whole checkpoint": True}
+
+
+def cached_layers(n: int = 32, *, tokens: int = 50, k: int | None = None) -> VBox | None:
+    """A slider for k, the layers that fit in memory, of n; the LRU figure is drawn again with k marked."""
+    if figures.inert():
+        return None
+    import ipywidgets
+
+    slider = ipywidgets.IntSlider(
+        value=max(1, n // 2) if k is None else k, min=1, max=n, description="layers that fit"
+    )
+    return _redrawn(lambda k: figures.lru_hits(n=n, tokens=tokens, k=k), {"k": slider})
+
+
+def checkpoint_cost(parameters: Mapping[str, int], *, ranks: int = 8) -> VBox | None:
+    """How long a checkpoint takes to load, stage by stage, for a model, a dtype, ranks and link speeds.
+
+    parameters: model name -> its number of parameters (see `figures.loading_stages` for what is left out;
+    scales of the integer formats are left out too).
+    """
+    if figures.inert():
+        return None
+    if not parameters:
+        raise ValueError("no models: pass a mapping from model name to its number of parameters")
+    import ipywidgets
+
+    def speed(value: float, unit: str) -> Any:
+        options = [value / 8, value / 4, value / 2, value, value * 2, value * 4, value * 8]
+        labelled = [(f"{option:g} {unit}", option) for option in options]
+        return ipywidgets.SelectionSlider(options=labelled, value=value, description="")
+
+    controls = {
+        "model": ipywidgets.Dropdown(options=list(parameters), description="model"),
+        "dtype": ipywidgets.Dropdown(
+            options=list(BYTES_PER_PARAMETER), value="bfloat16", description="dtype"
+        ),
+        "ranks": ipywidgets.SelectionSlider(
+            options=sorted({1, 2, 4, 8, 16, 32, 64, ranks}), value=ranks, description="ranks"
+        ),
+        "reads": ipywidgets.Dropdown(options=list(READS), description="each rank reads"),
+        "disk_gb_per_s": speed(8, "GB/s"),
+        "network_gbit_per_s": speed(200, "Gbit/s"),
+        "to_device_gb_per_s": speed(32, "GB/s"),
+        "remote": ipywidgets.Checkbox(value=False, description="over the network", indent=False),
+    }
+    controls["disk_gb_per_s"].description = "disk"
+    controls["network_gbit_per_s"].description = "network"
+    controls["to_device_gb_per_s"].description = "copy to device"
+    return _redrawn(lambda **chosen: _load_time(parameters, **chosen), controls)
+
+
+def _load_time(
+    parameters: Mapping[str, int],
+    *,
+    model: str,
+    dtype: str,
+    ranks: int,
+    reads: str,
+    disk_gb_per_s: float,
+    network_gbit_per_s: float,
+    to_device_gb_per_s: float,
+    remote: bool,
+) -> Any:
+    stages = figures.loading_stages(
+        parameters[model] * BYTES_PER_PARAMETER[dtype],
+        ranks=ranks,
+        disk_bytes_per_s=disk_gb_per_s * 1e9,
+        to_device_bytes_per_s=to_device_gb_per_s * 1e9,
+        network_bits_per_s=network_gbit_per_s * 1e9 if remote else None,
+        each_reads_everything=READS[reads],
+    )
+    return figures.load_time(stages, what=f"{model} in {dtype}")
+
+
+def _redrawn(draw: Callable[..., Any], controls: Mapping[str, Any]) -> VBox:
+    """The controls in rows of two above the figure that `draw` makes of their values."""
+    import ipywidgets
+    from IPython.display import display
+
+    def show(**values: Any) -> None:
+        display(draw(**values))  # in place of the last figure: interactive_output clears with wait=True
+
+    for control in controls.values():
+        control.style.description_width = "110px"
+        control.layout.width = "330px"
+    # A height of its own keeps the page from jumping while one figure replaces another.
+    output = ipywidgets.interactive_output(show, dict(controls))
+    output.layout.min_height = "400px"
+    box = ipywidgets.Layout(flex_flow="row wrap")
+    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values()), layout=box), output])

@@ -1,0 +1,485 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmcourse import counting
+from llmcourse.counting import Counted, PeakMemory, TensorWork, calls, saved_bytes
+
+MIB = 2**20
+reads_memory = pytest.mark.skipif(
+    not counting.can_read_memory(), reason="anonymous memory is readable on Linux only; run this on Linux"
+)
+
+
+# ---------------------------------------------------------------- FLOPs
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["recorded", "inference_mode"])
+def test_a_linear_layer_counts_two_flops_a_multiply_add(inference: bool) -> None:
+    x, weight, bias = torch.randn(3, 5, 64), torch.randn(48, 64), torch.randn(48)
+    with torch.inference_mode(inference), TensorWork() as work:
+        F.linear(x, weight, bias)
+    assert work.flops == 2 * 3 * 5 * 64 * 48
+    assert work.uncounted == ()
+
+
+def test_matrix_vector_products_and_dots_are_counted() -> None:
+    matrix, vector = torch.randn(48, 64), torch.randn(64)
+    with TensorWork() as work:
+        matrix @ vector
+        vector @ vector
+    assert work.flops_by_op == {"aten.mv": 2 * 48 * 64, "aten.dot": 2 * 64}
+
+
+def test_backward_of_a_product_counts_twice_its_forward() -> None:
+    x, weight = (torch.randn(32, 32, requires_grad=True) for _ in range(2))
+    with TensorWork() as work:
+        (x @ weight).sum().backward()
+    assert work.flops == 3 * 2 * 32**3
+
+
+def test_grouped_query_attention_counts_every_query_head() -> None:
+    query, key, value = torch.randn(2, 8, 5, 16), torch.randn(2, 2, 7, 16), torch.randn(2, 2, 7, 16)
+    with TensorWork() as work:
+        F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    # QK^T and PV: each 2 FLOPs for a batch, head, query, key and channel
+    assert work.flops == 2 * (2 * 2 * 8 * 5 * 7 * 16)
+    assert work.uncounted == ()
+
+
+def test_backward_of_fused_attention_counts_five_products() -> None:
+    query, key, value = (torch.randn(1, 2, 32, 16, requires_grad=True) for _ in range(3))
+    with TensorWork() as forward:
+        attended = F.scaled_dot_product_attention(query, key, value)
+    with TensorWork() as backward:
+        attended.sum().backward()
+    product = 2 * 2 * 32 * 32 * 16
+    assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+    assert backward.uncounted == ()
+
+
+def _int8_kernel() -> None:
+    codes = torch.ones(64, 64, dtype=torch.int8)
+    torch.ops.aten._weight_int8pack_mm(torch.ones(4, 64), codes, torch.ones(64))
+
+
+def _int8_product() -> None:
+    codes = torch.ones(64, 64, dtype=torch.int8)
+    torch._int_mm(codes, codes)
+
+
+def _sparse_product() -> None:
+    torch.eye(64).to_sparse() @ torch.ones(64, 64)
+
+
+def _factorization() -> None:
+    torch.linalg.cholesky(torch.eye(64))
+
+
+@pytest.mark.parametrize(
+    ("work_of", "name"),
+    [
+        (_int8_kernel, "aten._weight_int8pack_mm"),
+        (_int8_product, "aten._int_mm"),
+        (_sparse_product, "aten.mm"),
+        (_factorization, "aten.linalg_cholesky_ex"),
+    ],
+    ids=["int8 kernel", "int8 product", "sparse product", "factorization"],
+)
+def test_work_that_no_formula_gives_is_named(work_of: Callable[[], None], name: str) -> None:
+    with TensorWork() as work:
+        work_of()
+    assert name in work.uncounted
+    assert work.flops == 0
+
+
+def test_uncounted_work_on_small_tensors_is_not_mentioned() -> None:
+    with TensorWork(large_elements=64 * 64 + 1) as work:
+        _factorization()
+    assert work.uncounted == ()
+
+
+def test_a_shape_that_torch_cannot_count_is_named_and_does_not_stop_the_answer() -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise AssertionError
+
+    with pytest.MonkeyPatch.context() as patch, TensorWork() as work:
+        patch.setitem(counting._OWN_FORMULAS, "aten.mm", refuse)
+        product = torch.ones(64, 64) @ torch.ones(64, 64)
+    assert torch.equal(product, torch.full((64, 64), 64.0))
+    assert work.uncounted == ("aten.mm",)
+
+
+def test_a_training_step_of_a_decoder_block_leaves_nothing_uncounted() -> None:
+    block = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, dropout=0.1)
+    embedding, head = nn.Embedding(100, 64), nn.Linear(64, 100)
+    parameters = [*block.parameters(), *embedding.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    tokens = torch.randint(0, 100, (2, 32))
+    with TensorWork() as work:
+        hidden = F.rms_norm(block(embedding(tokens)), (64,))
+        F.cross_entropy(head(hidden).flatten(0, 1), tokens.flatten()).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        head(hidden).softmax(-1).topk(5)
+        torch.multinomial(head(hidden[0]).softmax(-1), 1)
+    assert work.flops > 0
+    assert work.uncounted == ()
+
+
+class Doubled(Tensor):
+    """A wrapper subclass that holds half of what it stands for, as quantized weights do."""
+
+    half: Tensor
+
+    @staticmethod
+    def __new__(cls, half: Tensor) -> Doubled:
+        wrapped = Tensor._make_wrapper_subclass(cls, half.shape, dtype=half.dtype)
+        wrapped.half = half
+        return wrapped
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        plain = [2 * item.half if isinstance(item, Doubled) else item for item in args]
+        return func(*plain, **(kwargs or {}))
+
+
+def test_what_a_tensor_subclass_does_inside_is_counted() -> None:
+    weight, x = Doubled(torch.ones(64, 64)), torch.ones(4, 64)
+    with TensorWork() as work:
+        product = torch.mm(x, weight)
+    assert torch.equal(product, torch.full((4, 64), 128.0))
+    assert work.calls == {"aten.mul": 1, "aten.mm": 1}
+    assert work.flops == 2 * 4 * 64 * 64
+    assert work.allocated_bytes == 64 * 64 * 4 + 4 * 64 * 4
+
+
+# ---------------------------------------------------------------- bytes
+
+
+def test_views_allocate_nothing() -> None:
+    x = torch.randn(64, 64)
+    with TensorWork() as work:
+        x.t()[3:, :2].unsqueeze(0).expand(5, -1, -1)
+        x.view(4096).detach()
+        torch.from_numpy(np.zeros(100))
+    assert work.allocated_bytes == 0
+    assert work.largest_tensor_bytes == 0
+
+
+def test_allocations_are_summed_and_the_largest_is_named() -> None:
+    x = torch.randn(100)
+    with TensorWork() as work:
+        doubled = x * 2  # 400 bytes
+        torch.cat([doubled, x, x])  # 1,200 bytes
+        x.to(torch.float64)  # 800 bytes
+    assert work.allocated_bytes == 400 + 1200 + 800
+    assert (work.largest_tensor_bytes, work.largest_tensor_op) == (1200, "aten.cat")
+
+
+def test_work_in_place_allocates_nothing_and_growth_counts_as_growth() -> None:
+    x, out = torch.randn(100), torch.empty(100)
+    with TensorWork() as work:
+        x.add_(1).clamp_(0)
+        torch.mul(x, 2, out=out)
+    assert work.allocated_bytes == 0
+    with TensorWork() as work:
+        x.resize_(150)
+    assert work.allocated_bytes == 50 * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "size_bytes"),
+    [
+        (lambda: torch.tensor([1.0, 2.0, 3.0]), 12),
+        (lambda: torch.empty(10, dtype=torch.bfloat16), 20),
+        (lambda: torch.empty(10**12, device="meta"), 0),
+        (lambda: torch.ones(3, 3).to_sparse(), 36 + 9 * (4 + 2 * 8)),
+    ],
+    ids=["from a list", "bfloat16", "meta", "sparse"],
+)
+def test_what_is_made_counts_its_storage(make: Callable[[], Tensor], size_bytes: int) -> None:
+    with TensorWork() as work:
+        made = make()
+    assert made is not None
+    # to_sparse also makes masks and index grids on the way, so its own parts are a lower bound
+    assert work.allocated_bytes >= size_bytes if made.is_sparse else work.allocated_bytes == size_bytes
+
+
+def test_the_same_storage_freed_and_made_again_counts_again() -> None:
+    x = torch.randn(1000)
+    with TensorWork() as work:
+        for _ in range(5):
+            x + 1
+    assert work.allocated_bytes == 5 * 4000
+    assert work.calls["aten.add"] == 5
+
+
+def test_saved_bytes_count_a_storage_once_and_leave_out_what_is_ignored() -> None:
+    x, weight = torch.randn(8, 16), torch.randn(16, 16, requires_grad=True)
+    with saved_bytes() as everything:
+        hidden = x @ weight  # saves x
+        hidden.exp() + hidden.square()  # saves the exponential and hidden
+    assert everything.total_bytes == 3 * 8 * 16 * 4
+    with saved_bytes(ignore=[x]) as activations:
+        hidden = x @ weight
+        hidden.square() + hidden.t().square().t()  # both save views of one storage
+    assert activations.total_bytes == 8 * 16 * 4
+
+
+def test_saved_bytes_are_not_confused_by_storages_freed_in_between() -> None:
+    weight = torch.randn(1000, requires_grad=True)
+    with saved_bytes() as saved:
+        for _ in range(3):
+            weight.exp().sum().backward()
+    assert saved.total_bytes == 3 * 4000
+
+
+def test_recomputing_saves_less() -> None:
+    layers = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    x = torch.randn(8, 16, requires_grad=True)
+    with saved_bytes(ignore=[x, *layers.parameters()]) as kept:
+        layers(x)
+    with saved_bytes(ignore=[x, *layers.parameters()]) as recomputed:
+        torch.utils.checkpoint.checkpoint(layers, x, use_reentrant=False)
+    assert kept.total_bytes == 3 * 8 * 16 * 4  # the inputs of layers 2 to 4
+    assert recomputed.total_bytes == 0
+
+
+# ---------------------------------------------------------------- calls
+
+
+def test_calls_of_a_module_function_are_counted_and_the_function_comes_back() -> None:
+    original = F.relu
+    with calls(F, "relu") as counted:
+        assert torch.equal(F.relu(torch.tensor([-1.0, 2.0])), torch.tensor([0.0, 2.0]))
+        F.relu(torch.zeros(1))
+    assert counted.calls == 2
+    assert F.relu is original
+
+
+class Reader:
+    def read(self, offset: int) -> tuple[Reader, int]:
+        return self, offset
+
+    @staticmethod
+    def pages(count: int) -> int:
+        return count
+
+    @classmethod
+    def opened(cls) -> type:
+        return cls
+
+
+def test_calls_of_methods_keep_their_binding() -> None:
+    reader = Reader()
+    with calls(Reader, "read") as read, calls(Reader, "pages") as pages, calls(Reader, "opened") as opened:
+        assert reader.read(3) == (reader, 3)
+        assert reader.pages(4) == 4
+        assert Reader.opened() is Reader
+    assert (read.calls, pages.calls, opened.calls) == (1, 1, 1)
+    assert isinstance(vars(Reader)["pages"], staticmethod)
+
+
+def test_calls_of_one_object_leave_the_others_alone() -> None:
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    with calls(one, "forward") as counted:
+        one(torch.zeros(1, 2))
+        other(torch.zeros(1, 2))
+    assert counted.calls == 1
+    assert "forward" not in vars(one)
+
+
+def test_the_original_comes_back_after_an_error() -> None:
+    original = Reader.read
+    with pytest.raises(ZeroDivisionError), calls(Reader, "read"):
+        raise ZeroDivisionError
+    assert Reader.read is original
+
+
+def test_what_cannot_be_counted_is_refused() -> None:
+    with pytest.raises(AttributeError, match="'rlu'"), calls(F, "rlu"):
+        pass
+    with pytest.raises(TypeError, match="wrap it in Counted"), calls(bytes, "decode"):
+        pass
+
+
+def test_a_counted_model_counts_and_still_has_its_attributes() -> None:
+    model = Counted(nn.Linear(2, 3))
+    model(torch.zeros(1, 2))
+    assert model.calls == 1
+    assert model.out_features == 3
+
+
+# ---------------------------------------------------------------- memory from outside
+
+
+@reads_memory
+def test_anonymous_bytes_see_what_is_allocated_and_not_what_is_mapped(tmp_path: Path) -> None:
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(64 * MIB))
+    # Two readings differ by at most two errors; besides the tensor, the interpreter itself allocates: 1 MiB.
+    margin_bytes = 2 * counting.memory_error_bytes() + MIB
+    counting.settle()
+    start_bytes = counting.anonymous_bytes()
+    held = torch.ones(64 * MIB, dtype=torch.uint8)
+    counting.settle()
+    assert counting.anonymous_bytes() - start_bytes == pytest.approx(held.nbytes, abs=margin_bytes)
+    mapped = torch.from_file(str(file), size=64 * MIB, dtype=torch.uint8)
+    assert int(mapped.sum()) == 0
+    assert counting.anonymous_bytes() - start_bytes == pytest.approx(held.nbytes, abs=margin_bytes)
+    del held
+    counting.settle()
+    assert counting.anonymous_bytes() - start_bytes == pytest.approx(0, abs=margin_bytes)
+
+
+CHILD = """
+import sys
+for line in sys.stdin:
+    held = bytearray(b"x") * int(line)
+    print(len(held), flush=True)
+    sys.stdin.readline()
+    del held
+    print("freed", flush=True)
+"""
+
+
+class Child:
+    """A process that holds as many bytes as it is told, until it is told to free them."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self.pid, self._to, self._from = process.pid, process.stdin, process.stdout
+
+    def hold(self, size_bytes: int) -> None:
+        assert self._ask(str(size_bytes)) == str(size_bytes)
+
+    def free(self) -> None:
+        assert self._ask("") == "freed"
+
+    def end(self) -> None:
+        self._to.close()
+        self._from.read()
+
+    def _ask(self, line: str) -> str:
+        self._to.write(line + "\n")
+        self._to.flush()
+        return self._from.readline().strip()
+
+
+@pytest.fixture
+def child() -> Iterator[Child]:
+    command = [sys.executable, "-c", CHILD]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield Child(process)
+
+
+def _wait_until_sampled(peak: PeakMemory, size_bytes: int) -> None:
+    deadline = time.monotonic() + 30
+    while peak._highest_bytes - peak._start_bytes < size_bytes and time.monotonic() < deadline:
+        threading.Event().wait(0.001)
+
+
+@reads_memory
+def test_peak_memory_of_another_process_is_seen_after_it_was_freed(child: Child) -> None:
+    child.hold(1)
+    child.free()
+    # Two readings differ by at most two errors; besides the bytes, the child's interpreter allocates: 1 MiB.
+    margin_bytes = 2 * counting.memory_error_bytes() + MIB
+    peak = PeakMemory(child.pid)
+    peak.start()
+    child.hold(64 * MIB)
+    _wait_until_sampled(peak, 64 * MIB - margin_bytes)
+    child.free()
+    assert counting.anonymous_bytes(child.pid) - peak._start_bytes <= margin_bytes
+    peak.stop(80 * MIB)
+    ((measured, at_most),) = peak.counts().values()
+    assert measured == pytest.approx(64 * MIB, abs=margin_bytes)
+    assert at_most == 80 * MIB
+
+
+@reads_memory
+def test_a_later_window_cannot_hide_an_earlier_peak(child: Child) -> None:
+    peak = PeakMemory(child.pid)
+    peak.start()
+    child.hold(64 * MIB)
+    peak.stop(MIB)
+    first = peak.counts()
+    child.free()
+    peak.start()
+    peak.stop(1000 * MIB)
+    assert peak.counts() == first
+
+
+@reads_memory
+def test_a_process_that_ends_in_the_window_leaves_what_was_seen(child: Child) -> None:
+    peak = PeakMemory(child.pid)
+    peak.start()
+    child.end()
+    peak.stop()
+    ((measured, at_most),) = peak.counts().values()
+    assert measured >= 0
+    assert at_most is None
+
+
+@reads_memory
+def test_a_process_that_does_not_exist_is_named() -> None:
+    absent = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    with pytest.raises(ProcessLookupError, match=str(absent)):
+        counting.anonymous_bytes(absent)
+
+
+def test_peak_memory_refuses_calls_out_of_order_and_bounds_that_are_none() -> None:
+    peak = PeakMemory()
+    with pytest.raises(RuntimeError, match="without start"):
+        peak.stop()
+    peak.start()
+    with pytest.raises(RuntimeError, match="twice"):
+        peak.start()
+    for bound in (-1, 1.5, True, "64"):
+        with pytest.raises(ValueError, match="number of bytes"):
+            peak.stop(bound)  # type: ignore[arg-type]
+    peak.stop()
+    assert PeakMemory.calls == ("start", "stop")
+
+
+@reads_memory
+def test_a_window_that_an_exception_left_open_is_not_sampled_for_ever() -> None:
+    peak = PeakMemory()
+    peak.start()
+    sampler = peak._thread
+    assert sampler is not None and sampler.is_alive()
+    assert peak.counts() == {"peak anonymous bytes": (None, None)}
+    assert not sampler.is_alive()
+
+
+def test_where_the_system_cannot_measure_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counting, "sys", SimpleNamespace(platform="darwin"))
+    assert not counting.can_read_memory()
+    with pytest.raises(OSError, match="darwin"):
+        counting.anonymous_bytes()
+    peak = PeakMemory()
+    peak.start()
+    peak.stop(MIB)
+    assert peak.counts() == {"peak anonymous bytes": (None, None)}
+
+
+def test_settle_works_where_the_c_library_cannot_trim(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = []
+    monkeypatch.setattr(counting, "_c_library", lambda: SimpleNamespace(malloc_trim=trimmed.append))
+    counting.settle()
+    assert trimmed == [0]
+    monkeypatch.setattr(counting, "_c_library", SimpleNamespace)
+    counting.settle()
