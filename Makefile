@@ -1,0 +1,67 @@
+# make lab        set up if needed, open the course
+# make test       set up if needed, run every check
+# make notebooks  build and execute what is stale        make audit  prove the exercises
+# make bench      measure, write BENCHMARKS.md           make setup  only set up
+#
+# PYTHON=python3.12 chooses the interpreter of .venv. Written for GNU make 3.81, which macOS carries; the commands
+# name no path outside this folder, so its own path may contain spaces.
+
+PYTHON ?= python3
+PY     := .venv/bin/python
+STAMP  := .venv/.installed
+# torch is installed first and alone, so that a CPU build chosen by hand (README, "CPU only") stays.
+TORCH  := $(shell grep '^torch==' constraints.txt)
+AUDIT  ?= --sample
+LAB    ?=
+PYTEST ?=
+NOTEBOOKS = $(wildcard solutions/*/*.ipynb)
+BROWSER   = $(wildcard tests/browser)
+
+# The stamp holds the folder it was made in: an editable install breaks when the folder is moved.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+.PHONY: setup lab test notebooks audit bench
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; (3, 11) <= v < (3, 14) or sys.exit("expected Python 3.11 to 3.13, found %d.%d; run: make PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "expected Python with venv, found none; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "== Setting up .venv (once; some minutes and 2 GB)"
+	@rm -f $(STAMP)
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install "$(TORCH)"
+	$(PY) -m pip install --no-build-isolation -c constraints.txt -e '.[dev]'
+	@printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+lab: $(STAMP)
+	@$(PY) -m llmcourse.cli lab $(LAB)
+
+test: $(STAMP)
+	@echo "== ruff check"
+	@$(PY) -m ruff check .
+	@echo "== ruff format --check"
+	@$(PY) -m ruff format --check .
+	@echo "== mypy"
+	@$(PY) -m mypy
+	@echo "== pytest: tests, doctests, executed notebooks"
+	@$(PY) -m pytest $(PYTEST) tests llmcourse $(if $(NOTEBOOKS),--nbval-lax --ignore-glob='tests/*.ipynb' $(NOTEBOOKS))
+	@echo "== audit $(AUDIT)"
+	@$(PY) -m llmcourse.cli audit $(AUDIT)
+	@echo "== notebooks are built from their sources"
+	@$(PY) -m llmcourse.notebook --check
+ifneq ($(BROWSER),)
+	@echo "== pytest: JupyterLab in a browser"
+	@$(PY) -m pytest -m browser $(BROWSER)
+endif
+	@echo "== all passed"
+
+notebooks: $(STAMP)
+	@$(PY) -m llmcourse.notebook
+
+audit: $(STAMP)
+	@$(PY) -m llmcourse.cli audit
+
+bench: $(STAMP)
+	@$(PY) -m llmcourse.benchmarks

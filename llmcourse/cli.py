@@ -1,0 +1,345 @@
+"""The `llmcourse` command.
+
+Everything beyond typer and rich is imported by the command that needs it, so that `--help` answers at once.
+Results go to stdout and are JSON with --json; errors are one line on stderr. Exit codes: 0 done, 1 not passed or
+not possible, 2 a wrong command line or a notebook that cannot be judged, 3 a fault of the judge itself,
+130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+import llmcourse
+from llmcourse import workspace
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llmcourse.checking import NotebookVerdict
+    from llmcourse.exercise import Exercise
+    from llmcourse.machine import Machine
+
+app = typer.Typer(
+    name="llmcourse",
+    help="A graded course on how the parameters of large language models are stored, loaded, trained and served.",
+    epilog="Example: llmcourse lab",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+HARNESS_FAULT = 3
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]  # typer exports only classes derived from it
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class UserError(Exception):
+    """One line for the user: what was expected, what was found, what to do. `code` is the exit code."""
+
+    def __init__(self, message: str, *, code: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit; the entry point of the installed `llmcourse`."""
+    try:
+        # With standalone_mode off, typer raises usage errors instead of printing a panel of several lines.
+        code = app(args=arguments, prog_name="llmcourse", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:  # `llmcourse progress | head`: nobody reads on, and Python would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except UsageError as error:
+        _fail_on_usage(error)
+    except (UserError, workspace.WorkspaceError) as error:
+        _fail(str(error), code=getattr(error, "code", 1))
+    if code == INTERRUPTED:  # typer, too, makes this of a KeyboardInterrupt
+        _fail("stopped by Ctrl-C; what was finished is kept, nothing is half-written", code=INTERRUPTED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail_on_usage(error: Any) -> NoReturn:
+    message = error.format_message().rstrip(".")
+    if not message:  # `llmcourse` alone has printed its help
+        sys.exit(error.exit_code)
+    command = error.ctx.command_path if error.ctx is not None else "llmcourse"
+    _fail(f"{message}; see `{command} --help`", code=error.exit_code)
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    errors.print(f"llmcourse: {line}", markup=False)
+    sys.exit(code)
+
+
+def _print_json(content: Any) -> None:
+    print(json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(llmcourse.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -------------------------------------------------------------------------------------------------- studying
+
+
+@app.command(epilog="Example: llmcourse doctor --refresh")
+def doctor(
+    as_json: AsJson = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again; a busy machine measures lower.")
+    ] = False,
+) -> None:
+    """Measure this computer (seconds, then remembered) and draw its roofline into the workspace."""
+    with errors.status("Measuring this computer …"):
+        from llmcourse import machine
+
+        probed = machine.probe(refresh)
+    if as_json:
+        _print_json(asdict(probed))
+        return
+    print(probed.describe())
+    Console().print(_rates(probed))
+    print(f"One thread reads {probed.read_bytes_per_s_one_thread / 1e9:.1f} GB/s.")
+    _draw_roofline(probed)
+
+
+def _rates(probed: Machine) -> Table:
+    from rich.table import Table
+
+    table = Table("device", "memory GiB", "reads GB/s", "dtype", "GFLOP/s", "ridge FLOP/byte", box=None)
+    for device in probed.devices:
+        memory = (device.name, f"{device.memory_bytes / 2**30:.1f}", f"{device.read_bytes_per_s / 1e9:.1f}")
+        for dtype, flops_per_s in device.flops_per_s.items():
+            ridge = probed.ridge(dtype, device=device.name)
+            table.add_row(*memory, dtype, f"{flops_per_s / 1e9:,.0f}", f"{ridge:,.1f}")
+            memory = ("", "", "")
+    return table
+
+
+def _draw_roofline(probed: Machine) -> None:
+    from llmcourse import figures
+
+    figure = figures.roofline(probed)
+    if figure is None:  # figures are switched off where no one is looking
+        return
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    path = workspace.folder() / "roofline.png"
+    workspace.write(path, drawn.getvalue())
+    print(f"Roofline: {path}")
+
+
+@app.command(epilog="Example: llmcourse lab --no-browser --port 8899")
+def lab(
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Only print the address.")] = False,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port of the server.")] = None,
+) -> None:
+    """Copy new lessons into your workspace and open it in JupyterLab."""
+    import importlib.util
+
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise UserError("expected JupyterLab, found none; install it with: pip install 'llmcourse[lab]'")
+    prepared = workspace.prepare()
+    work = workspace.folder()
+    for path in prepared.offered:
+        print(f"A newer version of a lesson lies beside yours: {path}")
+    print(f"Your workspace: {work}", flush=True)
+    os.environ["LLMCOURSE_WORKSPACE"] = str(work)
+    # Becoming the server, instead of waiting for it, leaves Ctrl-C and its question to Jupyter alone.
+    os.execv(sys.executable, _server_command(work, no_browser=no_browser, port=port))
+
+
+def _server_command(work: Path, *, no_browser: bool, port: int | None) -> list[str]:
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={work}"]
+    if no_browser:
+        command.append("--no-browser")
+    if port is not None:
+        command += [f"--port={port}", "--ServerApp.port_retries=0"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")
+    return command
+
+
+@app.command(epilog="Example: llmcourse check work/01_parameter_loading/01_parameter_loading.ipynb --json")
+def check(
+    notebook: Annotated[
+        Path, typer.Argument(metavar="NOTEBOOK", help="The file to judge.", show_default=False)
+    ],
+    as_json: AsJson = False,
+    seed: Annotated[int | None, typer.Option(help="Repeat the inputs of an earlier run.")] = None,
+) -> None:
+    """Judge a notebook outside of it: each exercise's points, verdict and reason.
+
+    Exits 0 when verdicts were reached, whatever the score, and 2 for a file that cannot be judged.
+    """
+    from llmcourse import checking, judging, report
+    from llmcourse.submission import UnreadableNotebook
+
+    try:
+        with errors.status(f"Judging {notebook.name} …"):
+            found = checking.check_notebook(notebook, seed=seed)
+    except UnreadableNotebook as error:
+        raise UserError(str(error), code=2) from error
+    except judging.HarnessFault as error:
+        raise UserError(
+            f"the judge itself failed, so there is no verdict: {error}", code=HARNESS_FAULT
+        ) from error
+    _record_all(found, notebook)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(report.notebook_text(found))
+
+
+def _record_all(found: NotebookVerdict, notebook: Path) -> None:
+    place = notebook.resolve().parent
+    notes: set[str] = set()
+    for one in found.exercises:
+        if one.verdict != "not attempted":
+            topic = one.exercise.topic if one.exercise else None
+            points = (one.points, one.max_points)
+            if note := workspace.record(one.name, one.verdict, *points, lesson=topic, place=place):
+                notes.add(note)
+    for note in sorted(notes):
+        errors.print(note, markup=False)
+
+
+@app.command(epilog="Example: llmcourse hint read_header --level 2")
+def hint(
+    exercise: Annotated[str, typer.Argument(metavar="EXERCISE", help="Its name.", show_default=False)],
+    level: Annotated[int, typer.Option(min=1, help="How many hints to unfold.")] = 1,
+) -> None:
+    """Unfold an exercise's hints: first the idea, then the line that usually goes wrong."""
+    hints = _find_exercise(exercise).hints
+    if not hints:
+        raise UserError(
+            f"expected hints for {exercise}, found none; read its statement again, then try `check`"
+        )
+    for number, text in enumerate(hints[:level], 1):
+        print(f"{number}. {text}")
+    if level < len(hints):
+        print(f"One more: llmcourse hint {exercise} --level {level + 1}")
+
+
+def _find_exercise(name: str) -> Exercise:
+    from llmcourse import exercise
+
+    try:
+        return exercise.find(name)
+    except KeyError as error:
+        raise UserError(str(error.args[0])) from error
+
+
+@app.command(epilog="Example: llmcourse reset 01_parameter_loading")
+def reset(
+    lesson: Annotated[
+        str, typer.Argument(metavar="LESSON", help="Its name, topic or number: 01.", show_default=False)
+    ],
+) -> None:
+    """Start a lesson afresh; your notebook is kept beside it under a dated name."""
+    kept = workspace.reset(lesson)
+    for path in kept:
+        print(f"Kept: {path}")
+    name = workspace.lesson_name(lesson)
+    print(f"{'Fresh' if kept else 'Already fresh'}: {workspace.folder() / name}")
+
+
+@app.command(epilog="Example: llmcourse progress --json")
+def progress(as_json: AsJson = False) -> None:
+    """Show the exercises you have tried: points, attempts, when each was first solved."""
+    entries, note = workspace.progress()
+    if note:
+        errors.print(note, markup=False)
+    if as_json:
+        _print_json({name: asdict(entry) for name, entry in entries.items()})
+    elif not entries:
+        print("Nothing tried yet. Open a lesson with `llmcourse lab` and run a check.")
+    else:
+        _print_progress(entries)
+
+
+def _print_progress(entries: dict[str, workspace.ExerciseProgress]) -> None:
+    from rich.table import Table
+
+    table = Table("lesson", "exercise", "points", "attempts", "last verdict", "first solved", box=None)
+    for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].lesson or "", pair[1].first_tried)):
+        points = f"{entry.best_points:g} / {entry.max_points:g}"
+        solved = (entry.first_solved or "")[:16].replace("T", " ")
+        table.add_row(entry.lesson or "", name, points, str(entry.attempts), entry.last_verdict, solved)
+    best = sum(entry.best_points for entry in entries.values())
+    at_most = sum(entry.max_points for entry in entries.values())
+    table.add_row("", "together", f"{best:g} / {at_most:g}", "", "", "")
+    Console().print(table)
+
+
+# ----------------------------------------------------------------------------------------- proving exercises
+
+
+@app.command(epilog="Example: llmcourse audit parameter_loading --sample --json")
+def audit(
+    lessons: Annotated[
+        list[str] | None, typer.Argument(metavar="[LESSON]…", help="All unless given.")
+    ] = None,
+    as_json: AsJson = False,
+    every: Annotated[
+        bool, typer.Option("--all/--sample", help="Every mutant, or a seeded sample of them.")
+    ] = True,
+    mutants: Annotated[int, typer.Option(min=1, help="Mutants of each exercise in a sample.")] = 8,
+    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds to try each answer on.")] = 3,
+) -> None:
+    """Prove the exercises: their wrong answers, lazy answers and mutants fail, their right answers pass.
+
+    Exits 1 below 100 %.
+    """
+    from llmcourse import auditing, judging
+
+    chosen = lessons or []
+    try:
+        auditing.exercises_of(chosen)
+    except (KeyError, ValueError) as error:
+        raise UserError(str(error.args[0]), code=2) from error
+    try:
+        with errors.status("Auditing …") as status:
+            found = auditing.audit(
+                chosen,
+                mutants=None if every else mutants,
+                seeds=seeds,
+                progress=lambda name: status.update(f"Auditing {name} …"),
+            )
+    except judging.HarnessFault as error:
+        raise UserError(f"the judge itself failed: {error}", code=HARNESS_FAULT) from error
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        print(found.text())
+    if not found.complete:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()
