@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmcourse.wire import Data, Opaque, device_of
+from llmcourse.wire import Data, Opaque, device_of, printable
 
 ROOM = {torch.float64: 64, torch.float32: 64, torch.complex64: 64, torch.complex128: 64}
 ROOM_NARROW = 2
@@ -65,17 +65,18 @@ def describe(data: Data) -> str:
             )
         return f"{name} {list(data.shape)}{device}"
     if isinstance(data, Opaque):
-        return data.kind
+        return printable(data.kind)
     if isinstance(data, list | tuple):
-        short = repr(data)
-        plain = all(isinstance(part, int | str | bool | None) for part in data)
+        plain = len(data) <= SHOWN_CHARS // 3 and all(isinstance(part, int | str | None) for part in data)
+        short = repr(data) if plain else ""
         return short if plain and len(short) <= SHOWN_CHARS else f"a {type(data).__name__} of {len(data)}"
     if isinstance(data, dict):
-        return f"a dict with keys {', '.join(sorted(data)[:6])}" if data else "an empty dict"
+        return f"a dict with keys {_keys(sorted(data)[:6])}" if data else "an empty dict"
     if isinstance(data, bytes):
         return f"{len(data)} bytes"
     if isinstance(data, float):
-        return f"{data:.9g}"
+        text = f"{data:.9g}"
+        return text if not text.lstrip("-").isdigit() else f"{text}.0"
     if isinstance(data, int) and not isinstance(data, bool) and abs(data) >= 10_000:
         return f"{data:,}" if abs(data) < 10**40 else f"an int of {data.bit_length()} bits"
     text = repr(data)
@@ -89,7 +90,8 @@ def _float_difference(observed: float, expected: float, tol: float, where: str) 
     allowed = tol * ROOM[torch.float64] * torch.finfo(torch.float64).eps * 2 * abs(expected)
     if abs(observed - expected) <= allowed:
         return None
-    return f"{where}expected {expected:.9g}, found {observed:.9g}"
+    digits = 9 if f"{expected:.9g}" != f"{observed:.9g}" else 17
+    return f"{where}expected {expected:.{digits}g}, found {observed:.{digits}g}"
 
 
 def _tensor_difference(observed: Tensor, expected: Tensor, tol: float, where: str) -> str | None:
@@ -111,7 +113,8 @@ def _tensor_difference(observed: Tensor, expected: Tensor, tol: float, where: st
     unclear = ~torch.isfinite(e) | ~torch.isfinite(o)
     same = (torch.isnan(o) & torch.isnan(e)) | (o == e)
     magnitude = torch.where(torch.isfinite(e), e, torch.zeros_like(e)).abs()
-    rms = magnitude.square().mean().sqrt()
+    peak = magnitude.max().clamp_min(torch.finfo(torch.float64).tiny)
+    rms = (magnitude / peak).square().mean().sqrt() * peak  # squares of values above 1e154 would overflow
     room = ROOM.get(expected.dtype, ROOM_NARROW) * torch.finfo(expected.dtype).eps
     allowed = tol * room * (magnitude + rms)
     wrong = torch.where(unclear, ~same, (o - e).abs() > allowed)
@@ -153,7 +156,7 @@ def _dict_difference(
     surplus = [key for key in observed if key not in expected]
     if missing or surplus:
         parts = [
-            f"{label} {', '.join(keys[:5])}"
+            f"{label} {_keys(keys[:5])}"
             for label, keys in (("missing", missing), ("not expected", surplus))
             if keys
         ]
@@ -163,6 +166,10 @@ def _dict_difference(
         if found is not None:
             return found
     return None
+
+
+def _keys(keys: list[str]) -> str:
+    return printable(", ".join(keys))[:SHOWN_CHARS]
 
 
 def _bytes_difference(observed: bytes, expected: bytes) -> str:

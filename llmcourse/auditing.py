@@ -6,10 +6,12 @@ Every answer goes through a worker, like a learner's, over several fresh seeds. 
 
 from __future__ import annotations
 
+import ast
 import random
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from llmcourse import source
@@ -30,6 +32,13 @@ LAZY_FUNCTIONS = {
     "returns an empty value": "return _empty(_ours(*arguments, **options))",
     "raises": "raise ValueError('no')",
 }
+LAZY_RESULTS = {
+    "does nothing": "None",
+    "returns its first argument": "next(iter([*arguments, *options.values()]), None)",
+    "returns zeros": "_like(_ours.{name}(self, *arguments, **options), 0)",
+    "returns NaN": "_like(_ours.{name}(self, *arguments, **options), float('nan'))",
+}
+METHODS = (FunctionType, staticmethod, classmethod)
 LAZY_PRELUDE = """
 import torch as _torch
 _ours = {name}
@@ -203,6 +212,11 @@ def _audit_reference(
     engine: Engine, found: ExerciseAudit, verdict: Callable[..., Verdict], seeds: Sequence[int]
 ) -> None:
     e = found.exercise
+    found.problems += [
+        f"no {what} is given"
+        for what, given in (("mistake", e.mistakes), ("alternative", e.alternatives))
+        if not given
+    ]
     results = [(verdict(_replaced(e, ""), seed), seed) for seed in seeds]
     found.solution_points = min(result.points for result, _ in results)
     for result, seed in results:
@@ -279,30 +293,37 @@ def _replaced(exercise: Exercise, text: str, label: str = "<changed>") -> Answer
 def lazy_answers(exercise: Exercise) -> Iterator[tuple[str, str]]:
     """(name, source) of answers that do not do the work."""
     prelude = LAZY_PRELUDE.format(name=exercise.name)
-    if isinstance(exercise.reference, type):
-        for base in ("_ours", "object"):
-            methods = [
-                name
-                for name, part in vars(exercise.reference).items()
-                if callable(part) and name != "__class__"
-            ]
-            body = "\n".join(f"    def {name}(self, *arguments, **options): return None" for name in methods)
-            yield (
-                f"methods do nothing ({base})",
-                f"{prelude}\nclass {exercise.name}({base}):\n{body or '    pass'}\n",
-            )
-        for name in [
-            n
-            for n, part in vars(exercise.reference).items()
-            if callable(part) and n != "__init__" and n != "__class__"
-        ]:
-            text = (
-                f"class {exercise.name}(_ours):\n    def {name}(self, *arguments, **options): return None\n"
-            )
-            yield f"method {name} does nothing", f"{prelude}\n{text}"
+    if not isinstance(exercise.reference, type):
+        for name, body in LAZY_FUNCTIONS.items():
+            # These do the work and change what it returns: nothing, where an answer writes and returns None.
+            if "_ours(" in body and not _returns(exercise, exercise.name):
+                continue
+            yield name, f"{prelude}\ndef {exercise.name}(*arguments, **options):\n    {body}\n"
         return
-    for name, body in LAZY_FUNCTIONS.items():
-        yield name, f"{prelude}\ndef {exercise.name}(*arguments, **options):\n    {body}\n"
+    methods = {name: part for name, part in vars(exercise.reference).items() if isinstance(part, METHODS)}
+    for base in ("_ours", "object"):
+        body = "\n".join(f"    def {name}(self, *arguments, **options): return None" for name in methods)
+        yield (
+            f"methods do nothing ({base})",
+            f"{prelude}\nclass {exercise.name}({base}):\n{body or '    pass'}\n",
+        )
+    for name in [name for name in methods if name != "__init__"]:
+        for what, result in LAZY_RESULTS.items():
+            if what != "does nothing" and not _returns(exercise, name):
+                continue
+            body = f"    def {name}(self, *arguments, **options): return {result.format(name=name)}\n"
+            yield f"method {name} {what}", f"{prelude}\nclass {exercise.name}(_ours):\n{body}"
+
+
+def _returns(exercise: Exercise, function: str) -> bool:
+    """Whether the reference, or a method of it, returns anything: only then is another result another answer."""
+    tree = ast.parse(source.definition(exercise.source, exercise.name, exercise.path))
+    return any(
+        isinstance(part, ast.Return) and part.value is not None
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == function
+        for part in ast.walk(node)
+    )
 
 
 def _audit_lazy(engine: Engine, found: ExerciseAudit, seed: int, expected: dict[str, Outcome]) -> None:
@@ -357,5 +378,7 @@ def survives(
         return compare(exercise, item, outcome, expected[item.name]).agrees
 
     items = list(exercise.items.values())
-    outcomes = engine.run(exercise, _replaced(exercise, mutant.source), items, seed, expected, goes_on=agrees)
+    # Without the reference of that name: a mutant that cannot even be defined must not be judged by it.
+    text = f"del {exercise.name}\n{mutant.source}"
+    outcomes = engine.run(exercise, _replaced(exercise, text), items, seed, expected, goes_on=agrees)
     return len(outcomes) == len(items) and all(agrees(item, outcomes[item.name]) for item in items)

@@ -101,7 +101,7 @@ def loaders(folder: Path) -> dict[str, Callable[[], Any]]:
         with torch.device("meta"):
             model = Decoder(ModelConfig.from_folder(folder))
         model.load_state_dict(shards(), assign=True)
-        model.model.rotary_emb.rebuild("cpu")
+        model.model.rotary_emb.reset_buffers()
         return model
 
     ways: dict[str, Callable[[], Any]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dis
 import io
 import os
 import secrets
@@ -18,8 +19,10 @@ from llmcourse import report, source, submission, workspace
 from llmcourse.engine import Engine
 from llmcourse.exercise import Exercise, exercise_paths, find
 from llmcourse.judging import InProcess, Verdict, expectations, judge
+from llmcourse.zygote import Zygote
 
 MAX_STDERR_CHARS = 400
+READS_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
 PRELOAD = ("torch._dynamo", "optim")
 _unfolded: dict[str, int] = {}
 
@@ -148,7 +151,7 @@ def global_names(answer: Callable[..., Any]) -> set[str]:
     names: set[str] = set()
     while codes:
         code: CodeType = codes.pop()
-        names.update(code.co_names)
+        names.update(part.argval for part in dis.get_instructions(code) if part.opname in READS_OF_GLOBALS)
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     return names
 
@@ -198,17 +201,18 @@ class NotebookVerdict:
         }
 
 
-def check_notebook(path: Path, *, seed: int | None = None) -> NotebookVerdict:
+def check_notebook(path: Path, *, seed: int | None = None, zygote: Zygote | None = None) -> NotebookVerdict:
     """Judge every exercise of a notebook, each in a worker of its own.
 
-    Raises UnreadableNotebook for a file that cannot be judged, HarnessFault when the judge itself fails.
+    zygote: one that was started before this module was imported; it is ended here. Raises
+    UnreadableNotebook for a file that cannot be judged, HarnessFault when the judge itself fails.
     """
     found = submission.read(path)
     number = seed if seed is not None else _fresh_seed()
     exercises = [find(name) for name in found.names]
     verdicts: dict[str, Verdict] = {}
     optimizers = any(PRELOAD[1] in exercise.source for exercise in exercises)
-    with Engine(preload=PRELOAD[:1] if optimizers else ()) as engine:
+    with Engine(preload=PRELOAD[:1] if optimizers else (), zygote=zygote) as engine:
         for exercise in exercises:
             ours, notes = _ours_for(exercise, verdicts)
             expected = engine.expected(exercise, number)

@@ -197,18 +197,21 @@ def check(
 
     Exits 0 when verdicts were reached, whatever the score, and 2 for a file that cannot be judged.
     """
-    from llmcourse import checking, judging, report
-    from llmcourse.submission import UnreadableNotebook
+    from llmcourse.zygote import HarnessFault, Zygote
 
-    try:
-        with errors.status(f"Judging {notebook.name} …"):
-            found = checking.check_notebook(notebook, seed=seed)
-    except UnreadableNotebook as error:
-        raise UserError(str(error), code=2) from error
-    except judging.HarnessFault as error:
-        raise UserError(
-            f"the judge itself failed, so there is no verdict: {error}", code=HARNESS_FAULT
-        ) from error
+    # Started before torch is imported here, so that both processes import it side by side.
+    with Zygote() as zygote, errors.status(f"Judging {notebook.name} …"):
+        from llmcourse import checking, report
+        from llmcourse.submission import UnreadableNotebook
+
+        try:
+            found = checking.check_notebook(notebook, seed=seed, zygote=zygote)
+        except UnreadableNotebook as error:
+            raise UserError(str(error), code=2) from error
+        except HarnessFault as error:
+            raise UserError(
+                f"the judge itself failed, so there is no verdict: {error}", code=HARNESS_FAULT
+            ) from error
     _record_all(found, notebook)
     if as_json:
         _print_json(found.to_json())
@@ -316,7 +319,8 @@ def audit(
 
     Exits 1 below 100 %.
     """
-    from llmcourse import auditing, judging
+    from llmcourse import auditing
+    from llmcourse.zygote import HarnessFault
 
     chosen = lessons or []
     try:
@@ -331,7 +335,7 @@ def audit(
                 seeds=seeds,
                 progress=lambda name: status.update(f"Auditing {name} …"),
             )
-    except judging.HarnessFault as error:
+    except HarnessFault as error:
         raise UserError(f"the judge itself failed: {error}", code=HARNESS_FAULT) from error
     if as_json:
         _print_json(found.to_json())

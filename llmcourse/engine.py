@@ -10,13 +10,10 @@ The judge never forks. Whatever an answer does ends as an `Outcome`; a fault of 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,9 +23,8 @@ from types import TracebackType
 from typing import Any
 
 from llmcourse import source, wire
-from llmcourse.exercise import Exercise, Item, Rng
+from llmcourse.exercise import Exercise, Item, Rng, derive_seed
 from llmcourse.judging import (
-    HarnessFault,
     Outcome,
     answer_seed,
     expectations,
@@ -39,11 +35,15 @@ from llmcourse.judging import (
     together,
 )
 from llmcourse.services import Link
+from llmcourse.zygote import HarnessFault, Zygote
 
-START_LIMIT_S, LOAD_LIMIT_S, REFERENCE_LIMIT_S = 120.0, 10.0, 60.0
+LOAD_LIMIT_S, REFERENCE_LIMIT_S = 10.0, 60.0
 MAX_TRUSTED_BYTES = 1 << 31
 MAX_DATA_BYTES = 6 << 30
 SLACK_BYTES, SLACK_FACTOR = 1 << 16, 4
+MAX_CALLS = 256
+ERROR_KINDS = ("raised", "not written", "missing")
+MAX_TEXTS, MAX_TEXT_CHARS = 64, 600
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,10 @@ class WorkerProcess:
     def __init__(self, engine: Engine, exercise: Exercise, answer: Answer, seed: int) -> None:
         self._engine, self._exercise, self._answer, self._seed = engine, exercise, answer, seed
         self._sending = threading.Lock()
+        self._calls = threading.Semaphore(MAX_CALLS)
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
         self._connection, theirs = socket.socketpair()
-        self.pid = engine.fork(theirs, self.folder)
+        self.pid = engine.zygote.fork(theirs, self.folder, max_data_bytes=MAX_DATA_BYTES)
         theirs.close()
 
     def load(self, cases: str) -> Loaded:
@@ -95,24 +96,31 @@ class WorkerProcess:
                     "trusted": self._answer.trusted,
                     "forbid": self._exercise.forbid,
                     "uses": self._exercise.uses,
-                    "seed": self._seed,
+                    # Not the seed itself: every input of a class could be computed from it.
+                    "seed": derive_seed(self._seed, "load"),
                 },
+                deadline=deadline,
             )
             while True:
                 message, _ = wire.receive(self._connection, max_bytes=1 << 20, deadline=deadline)
-                if "part" in message:
-                    last = message["part"]
+                if type(message.get("part")) is int and message["part"] == last + 1:
+                    last += 1
                 elif message.get("loaded") is True:
                     break
                 else:
                     raise wire.ProtocolError("neither progress nor the end of loading")
         except TimeoutError:
             return Loaded(stopped=last, why=f"it ran for more than {LOAD_LIMIT_S:.0f} s")
-        except (wire.Ended, wire.ProtocolError, OSError) as error:
+        except (wire.Ended, wire.ProtocolError) as error:
             return Loaded(stopped=last, why=self._ending(error))
-        if message["case_error"] is not None:
-            raise HarnessFault(f"{self._exercise.name}: its cases cannot be loaded: {message['case_error']}")
-        return Loaded(names=tuple(message["names"]), errors=tuple(message["errors"]))
+        if message.get("case_error") is not None:
+            why = f"the cases cannot be loaded: {message['case_error']}"
+            return Loaded(stopped=len(self._answer.parts), why=why)
+        try:
+            errors = tuple(one for one in map(clean_error, listed(message.get("errors"))) if one is not None)
+            return Loaded(names=texts(message.get("names")), errors=errors)
+        except wire.ProtocolError as error:
+            return Loaded(stopped=len(self._answer.parts), why=self._ending(error))
 
     def run(
         self, item: Item, seeds: tuple[int, int], limit: float, max_bytes: int, service: Any, saved: Any
@@ -130,10 +138,13 @@ class WorkerProcess:
         }
         deadline = time.monotonic() + limit
         try:
-            wire.send(self._connection, message, {"saved": saved[1]} if saved[0] else None)
+            handed_on = {"saved": saved[1]} if saved[0] else None
+            wire.send(self._connection, message, handed_on, deadline=deadline)
             while True:
                 reply, data = wire.receive(self._connection, max_bytes=max_bytes, deadline=deadline)
                 if "call" in reply:
+                    if not self._calls.acquire(blocking=False):
+                        raise wire.ProtocolError(f"more than {MAX_CALLS} calls at once")
                     threading.Thread(target=self._serve, args=(service, reply, data), daemon=True).start()
                     continue
                 return outcome_of(self._checked(reply), data.get("observed"), {})
@@ -141,21 +152,22 @@ class WorkerProcess:
             return _failed("timed out", f"it ran for more than {limit:.1f} s", limit)
         except wire.ProtocolError as error:
             return _failed("protocol", str(error))
-        except (wire.Ended, OSError) as error:
+        except wire.Ended as error:
             return _failed("died", self._ending(error))
 
     def _checked(self, reply: dict[str, Any]) -> dict[str, Any]:
-        error = reply.get("error")
-        if reply.get("done") is not True or not isinstance(reply.get("seconds"), int | float):
+        """What an answer's side says happened, nothing in it but what the protocol allows."""
+        seconds = reply.get("seconds")
+        timed = isinstance(seconds, int | float) and 0 <= seconds < 1e9
+        if reply.get("done") is not True or not timed:
             raise wire.ProtocolError("not the end of an item")
-        if error is not None and (
-            not isinstance(error, dict) or error.get("kind") not in ("raised", "not written", "missing")
-        ):
-            raise wire.ProtocolError("an error of no known kind")
-        for key in ("tried", "changed"):
-            if not isinstance(reply.get(key), list) or not all(isinstance(text, str) for text in reply[key]):
-                raise wire.ProtocolError(f"{key} is not a list of texts")
-        return reply
+        tried, changed = texts(reply.get("tried")), texts(reply.get("changed"))
+        return {
+            "seconds": seconds,
+            "error": clean_error(reply.get("error")),
+            "tried": tried,
+            "changed": changed,
+        }
 
     def _serve(self, service: Any, message: dict[str, Any], data: dict[str, Any]) -> None:
         reply: dict[str, Any] = {"reply": message["call"]}
@@ -173,12 +185,13 @@ class WorkerProcess:
                 base = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
                 reply |= {"raises": base, "message": str(error)}
         # The worker may have been ended meanwhile; then nobody waits for this reply.
-        with self._sending, contextlib.suppress(OSError):
+        with self._sending, contextlib.suppress(wire.Ended):
             wire.send(self._connection, reply, result)
+        self._calls.release()
 
     def _ending(self, error: Exception) -> str:
-        status = self._engine.end(self.pid)
-        self.pid = 0
+        pid, self.pid = self.pid, 0
+        status = self._engine.zygote.end(pid)
         if isinstance(error, wire.ProtocolError):
             return str(error)
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
@@ -189,11 +202,46 @@ class WorkerProcess:
 
     def close(self) -> None:
         """End the worker and everything in its process group; remove its folder."""
-        if self.pid:
-            self._engine.end(self.pid)
-            self.pid = 0
-        self._connection.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        pid, self.pid = self.pid, 0
+        try:
+            if pid:
+                self._engine.zygote.end(pid)
+        finally:
+            self._connection.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def listed(value: object) -> list[Any]:
+    """The value if it is a list of moderate length; ProtocolError otherwise."""
+    if type(value) is not list or len(value) > MAX_TEXTS:
+        raise wire.ProtocolError("expected a short list")
+    return value
+
+
+def texts(value: object) -> tuple[str, ...]:
+    """A short list of texts, made printable; ProtocolError for anything else."""
+    if not all(type(text) is str for text in listed(value)):
+        raise wire.ProtocolError("expected a list of texts")
+    return tuple(wire.printable(text[:MAX_TEXT_CHARS]) for text in value)  # type: ignore[attr-defined]
+
+
+def clean_error(error: Any) -> dict[str, Any] | None:
+    """An error an answer's side reports, with the fields of its kind and no others; ProtocolError if it is not one."""
+    if error is None:
+        return None
+    if type(error) is not dict or error.get("kind") not in ERROR_KINDS:
+        raise wire.ProtocolError("an error of no known kind")
+    cleaned: dict[str, Any] = {"kind": error["kind"]}
+    for field in ("type", "message", "label"):
+        if type(error.get(field)) is str:
+            cleaned[field] = wire.printable(error[field][:MAX_TEXT_CHARS])
+    if error["kind"] != "missing" and not {"type", "message"} <= set(cleaned):
+        raise wire.ProtocolError("an error without type or message")
+    if type(error.get("line")) is int:
+        cleaned["line"] = error["line"]
+    if error.get("signature") is not None:
+        cleaned["signature"] = list(texts(error["signature"]))
+    return cleaned
 
 
 def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
@@ -201,23 +249,15 @@ def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
 
 
 class Engine:
-    """Owns a zygote; runs answers in workers forked from it. A context manager; one thread drives it."""
+    """Runs answers in workers forked from a zygote, its own unless given one. A context manager for one thread."""
 
-    def __init__(self, *, preload: Sequence[str] = ()) -> None:
+    def __init__(self, *, preload: Sequence[str] = (), zygote: Zygote | None = None) -> None:
         self.folder = tempfile.mkdtemp(prefix="llmcourse-engine-")
-        self._lock = threading.Lock()
         self._expected: dict[tuple[str, int], dict[str, Outcome]] = {}
         self._ours: dict[tuple[str, int, str], dict[str, Outcome]] = {}
-        self._control, theirs = socket.socketpair()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "llmcourse.worker", str(theirs.fileno()), *preload],
-            pass_fds=(theirs.fileno(),),
-            env=environment,
-            start_new_session=True,
-        )
-        theirs.close()
-        self._ready = False
+        self.zygote = Zygote() if zygote is None else zygote
+        for module in preload:
+            self.zygote.preload(module)
 
     def __enter__(self) -> Engine:
         return self
@@ -229,43 +269,8 @@ class Engine:
 
     def close(self) -> None:
         """End the zygote, with it every worker, and remove the folder."""
-        self._control.close()
-        try:
-            self._zygote.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._zygote.kill()
-            self._zygote.wait()
+        self.zygote.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _answer_of_zygote(self, limit: float) -> bytes:
-        self._control.settimeout(limit)
-        try:
-            raw = self._control.recv(4096)
-        except TimeoutError:
-            raw = b""
-        if not raw:
-            raise HarnessFault(f"the zygote gave no answer (exit status {self._zygote.poll()})")
-        return raw
-
-    def fork(self, connection: socket.socket, folder: str) -> int:
-        """A new worker that serves `connection`; its process id."""
-        with self._lock:
-            if not self._ready:
-                assert self._answer_of_zygote(START_LIMIT_S) == b"ready"
-                self._ready = True
-            request = json.dumps({"fork": folder, "max_data_bytes": MAX_DATA_BYTES}).encode()
-            socket.send_fds(self._control, [request], [connection.fileno()])
-            return int(json.loads(self._answer_of_zygote(START_LIMIT_S))["pid"])
-
-    def end(self, pid: int) -> int:
-        """Kill a worker's process group and wait for it; its wait status."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        with self._lock:
-            self._control.sendall(json.dumps({"wait": pid}).encode())
-            return int(json.loads(self._answer_of_zygote(START_LIMIT_S))["status"])
 
     # ------------------------------------------------------------------------------------------ the runner's side
 
@@ -378,12 +383,16 @@ class Run:
     def _ranks(self, item: Item, seeds: tuple[int, int], limit: float, max_bytes: int) -> Outcome:
         link = Link(self._exercise.ranks)
         found: list[Outcome] = [Outcome()] * self._exercise.ranks
+        faults: list[HarnessFault] = []
 
         def one(rank: int) -> None:
-            found[rank] = self._workers[rank].run(
-                item, seeds, limit, max_bytes, link.view(rank), (False, None)
-            )
-            link.rank_ended(rank)
+            try:
+                worker = self._workers[rank]
+                found[rank] = worker.run(item, seeds, limit, max_bytes, link.view(rank), (False, None))
+            except HarnessFault as fault:
+                faults.append(fault)
+            finally:
+                link.rank_ended(rank)
 
         threads = [
             threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(self._exercise.ranks)
@@ -392,6 +401,8 @@ class Run:
             thread.start()
         for thread in threads:
             thread.join()
+        if faults:
+            raise faults[0]
         return self._explained(together(found, link))
 
     def _start(self) -> Outcome | None:
@@ -406,10 +417,12 @@ class Run:
             self._close()
             index = self._loaded.stopped
             label = self._answer.parts[index][0] if 0 <= index < len(self._answer.parts) else None
-            if self._answer.trusted or label is None:
+            if self._answer.trusted:
                 raise HarnessFault(
                     f"{self._exercise.name}: an answer could not be loaded: {self._loaded.why}"
                 )
+            if label is None:
+                return _failed("died", f"before its cases could run: {self._loaded.why}")
             if label == self._answer.own:
                 hung = "ran for more" in self._loaded.why
                 return _failed("timed out" if hung else "died", f"while {label} ran: {self._loaded.why}")

@@ -216,6 +216,9 @@ def roofline(
     for color, group in zip(SERIES, _close_rates(rates), strict=False):
         _draw_roof(axes, group, rates[group[0]], ridges[group[0]], high, color)
     labels = _draw_points(axes, machine, points, device)
+    reached = [point.flops_per_s for point in points if point.flops_per_s is not None]
+    if reached:  # room under the lowest point for its label
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], min(reached) / 4))
     title = title or _waits_for_memory(ridges)
     roofs = "; ".join(
         f"{dtype} {_scaled(rate, _operations([dtype]))}, ridge at {_digits(ridges[dtype])} FLOPs a byte"

@@ -19,13 +19,10 @@ from llmcourse import agreement, wire
 from llmcourse.exercise import Exercise, Item, Mistake, Rng, derive_seed
 from llmcourse.services import Link
 from llmcourse.wire import Data
-from llmcourse.worker import parameters, perform, reset, switched_off
+from llmcourse.worker import UNSENDABLE, describe_error, parameters, perform, reset, switched_off
+from llmcourse.zygote import HarnessFault
 
 VERDICTS = ("right", "wrong", "crashed", "timed out", "inconclusive", "not attempted")
-
-
-class HarnessFault(Exception):
-    """The judge's own machinery or an exercise failed; never a learner's verdict."""
 
 
 @dataclass(frozen=True)
@@ -219,29 +216,33 @@ class InProcess:
                 mutates=exercise.mutates,
                 labels=labels_of(answer),
             )
-        return outcome_of(happened, wire.copied(observed), service.counts() if service else {})
+        return received(happened, observed, service.counts() if service else {})
 
     def _ranks(self, exercise: Exercise, answer: Any, item: Item, seeds: tuple[int, int]) -> Outcome:
         link = Link(exercise.ranks)
-        found: list[tuple[dict[str, Any], object]] = [({}, None)] * exercise.ranks
+        gone = Outcome(error={"kind": "died", "message": "it ended its thread"})
+        found = [gone] * exercise.ranks
 
         def one(rank: int) -> None:
-            found[rank] = perform(
-                item.function,
-                answer,
-                Rng(*seeds),
-                extra=[link.view(rank)],
-                mutates=exercise.mutates,
-                labels=labels_of(answer),
-            )
-            link.rank_ended(rank)
+            try:
+                happened, observed = perform(
+                    item.function,
+                    answer,
+                    Rng(*seeds),
+                    extra=[link.view(rank)],
+                    mutates=exercise.mutates,
+                    labels=labels_of(answer),
+                )
+                found[rank] = received(happened, observed, {})
+            finally:
+                link.rank_ended(rank)
 
         threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(exercise.ranks)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        return together([outcome_of(h, wire.copied(o), {}) for h, o in found], link)
+        return together(found, link)
 
 
 @contextlib.contextmanager
@@ -253,6 +254,8 @@ def kept_torch_state(seed: int) -> Iterator[None]:
     import torch
 
     threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    device, precision = torch.get_default_device(), torch.get_float32_matmul_precision()
+    deterministic, anomaly = torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled()
     torch_state, states = torch.get_rng_state(), (random.getstate(), numpy.random.get_state())
     reset(seed)
     try:
@@ -261,6 +264,10 @@ def kept_torch_state(seed: int) -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
+        torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.autograd.set_detect_anomaly(anomaly)
         torch.set_rng_state(torch_state)
         random.setstate(states[0])
         numpy.random.set_state(states[1])
@@ -272,6 +279,14 @@ def labels_of(answer: Any) -> list[str]:
     if code is None and isinstance(answer, type):
         code = next((f.__code__ for f in vars(answer).values() if hasattr(f, "__code__")), None)
     return [code.co_filename] if code is not None else []
+
+
+def received(happened: Mapping[str, Any], observed: object, counts: Mapping[str, Any]) -> Outcome:
+    """The outcome of an item that ran in this process, its observations copied as the wire would copy them."""
+    try:
+        return outcome_of(happened, wire.copied(observed), counts)
+    except UNSENDABLE as error:
+        return outcome_of({**happened, "error": describe_error(error, [])}, None, counts)
 
 
 def outcome_of(happened: Mapping[str, Any], observed: Data, counts: Mapping[str, Any]) -> Outcome:
@@ -349,16 +364,28 @@ def without_saved(data: Data) -> Data:
 def costs_of(item: Item, outcome: Outcome) -> dict[str, tuple[float | None, float | None]]:
     """Counts of a cost, from the item and from its service: {name: (counted, at most)}."""
     counts: dict[str, tuple[float | None, float | None]] = {}
-    observed = outcome.observed
-    ranks = isinstance(observed, dict) and any(key.startswith("rank ") for key in observed)
-    for part in observed.values() if ranks and isinstance(observed, dict) else [observed]:
+    observed = outcome.observed if isinstance(outcome.observed, dict) else {}
+    ranks = bool(observed) and all(key.startswith("rank ") for key in observed)
+    for part in observed.values() if ranks else [observed]:
         for name, value in part.items() if isinstance(part, dict) else ():
             pair = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-            counts[name] = tuple(float(n) if isinstance(n, int | float) else None for n in pair)  # type: ignore[assignment]
+            counted, at_most = _number(pair[0]), _number(pair[1])
+            before = counts.get(name, (None, None))[0]
+            # Of several ranks the dearest counts.
+            counts[name] = (counted if before is None or counted is None else max(counted, before), at_most)
     for name, (counted, at_most) in outcome.counts.items():
         bound = at_most if at_most is not None else counts.get(name, (None, None))[1]
         counts[name] = (counted, bound)
     return counts
+
+
+def _number(value: object) -> float | None:
+    if not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def compare_costs(item: Item, outcome: Outcome, expected: Outcome) -> ItemResult:
@@ -368,6 +395,8 @@ def compare_costs(item: Item, outcome: Outcome, expected: Outcome) -> ItemResult
     for name, (own_count, own_bound) in ours.items():
         bound = own_bound if own_bound is not None else own_count
         counted = theirs.get(name, (None, None))[0]
+        if bound == float("inf"):  # shown, not scored
+            bound = None
         agrees = bound is None or (counted is not None and counted <= bound)
         results.append(CostResult(name, counted, bound, item.authority, agrees))
     bad = next((c for c in results if not c.agrees), None)
@@ -386,8 +415,8 @@ def error_reason(exercise: Exercise, outcome: Outcome) -> str:
         line = f" (line {error['line']} of your cell)" if error.get("line") else ""
         if error.get("type") == "TypeError" and error.get("signature"):
             expected, found = parameters(exercise.reference), list(error["signature"])
-            if expected != found:
-                return f"expected parameters ({', '.join(expected)}), found ({', '.join(found)})"
+            if len(expected) != len(found):
+                line += f"; expected parameters ({', '.join(expected)}), found ({', '.join(found)})"
         return f"your answer raised {error['type']}: {message}{line}"
     return {
         "not written": "not written yet",

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 KNOWN_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
 KNOWN_ROPE_TYPES = ("default", "llama3")
-_LARGEST_MATRIX = 2**40  # hundreds of times the largest ever published; beyond lie typing errors and overflow
+_LARGEST_MATRIX = 2**40  # 500 times the embedding of Llama-3.1-405B; beyond lie slips and overflow
 
 
 @dataclass(frozen=True)
@@ -261,20 +261,19 @@ class RMSNorm(nn.Module):
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians that each pair of a head turns per position: float32 [D/2], rope_theta^(-2i/D).
+    """Radians that each pair of a head turns per position: float32 [D/2] on the CPU, rope_theta^(-2i/D).
 
     Llama 3 scaling: pairs that turn little over the original context turn `factor` times slower, fast ones stay
     as they are, those between are interpolated. Su et al. 2021, eq. 15; Llama 3.1 model code.
     """
-    # float32 throughout, as the family computes them: at position 100,000 another rounding is another angle.
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    # float32 on the CPU, as the family computes them, whatever the model's dtype and device: at position
+    # 100,000 another rounding is another angle.
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_position_embeddings / (
-        2 * math.pi / frequencies
-    )  # over the original context
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # over that context
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)  # 0: slowed down in full, 1: as it was
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
@@ -288,18 +287,18 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("inv_freq", inverse_frequencies(config), persistent=False)
+        self.register_buffer("inv_freq", None, persistent=False)
+        self.reset_buffers()
 
-    def rebuild(self, device: torch.device | str) -> None:
-        """Compute the frequencies again, in float32, on `device`: no checkpoint holds them."""
-        with torch.device("cpu"):
-            self.inv_freq = inverse_frequencies(self.config).to(device)
+    def reset_buffers(self, device: torch.device | str | None = None) -> None:
+        """Compute the frequencies anew, in float32: no checkpoint holds them. On torch's default device unless given."""
+        self.inv_freq = inverse_frequencies(self.config).to(device or torch.get_default_device())
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
         # `.to(torch.bfloat16)` would round the angles (by radians, far into the text) and `.to_empty()` lose them:
         # of whatever is done to the module, the frequencies follow the device only.
         super()._apply(fn, recurse)
-        self.rebuild(self.inv_freq.device)
+        self.reset_buffers(self.inv_freq.device)
         return self
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -373,9 +372,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KeyValueCache | None) -> Tensor:
         batch, new, _ = x.shape  # [B, T, C]
         queries = self.q_proj(x).view(batch, new, self.heads, self.head_dim).transpose(1, 2)  # [B, H, T, D]
-        keys = (
-            self.k_proj(x).view(batch, new, self.key_value_heads, self.head_dim).transpose(1, 2)
-        )  # [B, K, T, D]
+        # Keys and values, [B, K, T, D], keep their own number of heads: that is what the cache saves.
+        keys = self.k_proj(x).view(batch, new, self.key_value_heads, self.head_dim).transpose(1, 2)
         values = self.v_proj(x).view(batch, new, self.key_value_heads, self.head_dim).transpose(1, 2)
         queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
         if cache is not None:
@@ -458,7 +456,8 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.apply(_initialize)
+        if not self.lm_head.weight.is_meta:
+            self.apply(_initialize)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -571,7 +570,7 @@ def load_checkpoint(
         state["lm_head.weight"] = embedding
     model.load_state_dict(state, assign=True)
     model.tie_weights()  # assigning made two parameters of the one
-    model.model.rotary_emb.rebuild(device)
+    model.model.rotary_emb.reset_buffers(device)
     return model
 
 

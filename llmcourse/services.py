@@ -7,13 +7,17 @@ optional `attributes` dict is readable on the case's side; `stop()` is called wh
 
 from __future__ import annotations
 
-import queue
-from typing import Any, Protocol
+import threading
+from collections import deque
+from typing import Protocol
 
 from llmcourse import wire
 from llmcourse.wire import Data
 
 Counts = dict[str, tuple[float | None, float | None]]
+# How long all ranks wait, with nothing sent or received meanwhile, before that is called a deadlock: an answer may
+# receive in one thread while another prepares what to send.
+DEADLOCK_S = 0.3
 
 
 class Service(Protocol):
@@ -27,15 +31,20 @@ class Service(Protocol):
 class Link:
     """Connects the ranks of one exercise: each has `rank`, `world_size`, `send(to, data)` and `receive(source)`.
 
-    Messages between two ranks arrive in order; `receive` waits. Counts what every rank sent, in bytes of tensors
-    and blobs, and in messages.
+    Messages between two ranks arrive in order; `receive` waits. When every rank waits for a message that nobody has
+    sent, each gets a ConnectionError. Counts what every rank sent, in bytes of the values and in messages.
     """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self._queues: dict[tuple[int, int], queue.SimpleQueue[Any]] = {
-            (source, to): queue.SimpleQueue() for source in range(world_size) for to in range(world_size)
+        self._changed = threading.Condition()
+        self._queues: dict[tuple[int, int], deque[Data]] = {
+            (source, to): deque() for source in range(world_size) for to in range(world_size)
         }
+        self._waiting = [0] * world_size
+        self._ended: set[int] = set()
+        self._steps = 0
+        self._deadlocked = False
         self._sent_bytes = [0] * world_size
         self._messages = [0] * world_size
 
@@ -44,30 +53,53 @@ class Link:
         return LinkView(self, rank)
 
     def send(self, source: int, to: int, data: Data) -> None:
-        if not 0 <= to < self.world_size or to == source:
-            raise ValueError(
-                f"rank {source} sends to rank {to}; expected another rank of 0..{self.world_size - 1}"
+        """Queue a copy of the data; ValueError for a rank that is none, TypeError for what is not plain data."""
+        self._check(source, to, f"rank {source} sends to rank {to}")
+        sent = wire.copied(data)
+        if wire.holds_opaque(sent):
+            raise TypeError(
+                f"rank {source} sends {type(data).__name__}; expected tensors, bytes, text, numbers or lists of them"
             )
-        encoder = wire.Encoder()
-        encoder.encode(data)
-        self._sent_bytes[source] += sum(map(len, encoder.blobs))
-        self._messages[source] += 1
-        self._queues[source, to].put(wire.copied(data))
+        with self._changed:
+            self._sent_bytes[source] += wire.payload_bytes(sent)
+            self._messages[source] += 1
+            self._queues[source, to].append(sent)
+            self._steps += 1
+            self._changed.notify_all()
 
     def receive(self, to: int, source: int) -> Data:
-        if not 0 <= source < self.world_size or to == source:
-            raise ValueError(
-                f"rank {to} receives from rank {source}; expected another rank of 0..{self.world_size - 1}"
-            )
-        found = self._queues[source, to].get()
-        if found is self:
-            raise ConnectionError(f"rank {to} waits for rank {source}, which has stopped")
-        return found
+        """The next message from source to `to`; ConnectionError when none can come."""
+        self._check(to, source, f"rank {to} receives from rank {source}")
+        found = self._queues[source, to]
+        with self._changed:
+            self._waiting[to] += 1
+            try:
+                while not found:
+                    if self._deadlocked:
+                        raise ConnectionError("every rank waits for a message that no rank has sent")
+                    if source in self._ended:
+                        raise ConnectionError(f"rank {to} waits for rank {source}, which has stopped")
+                    before = self._steps
+                    if not self._changed.wait(DEADLOCK_S) and self._all_wait() and self._steps == before:
+                        self._deadlocked = True
+                        self._changed.notify_all()
+            finally:
+                self._waiting[to] -= 1
+            self._steps += 1
+            return found.popleft()
+
+    def _check(self, rank: int, other: int, what: str) -> None:
+        if type(other) is not int or not 0 <= other < self.world_size or other == rank:
+            raise ValueError(f"{what}; expected another rank of 0..{self.world_size - 1}")
+
+    def _all_wait(self) -> bool:
+        return all(self._waiting[rank] or rank in self._ended for rank in range(self.world_size))
 
     def rank_ended(self, rank: int) -> None:
         """Wake whoever waits for a rank that will send nothing more."""
-        for to in range(self.world_size):
-            self._queues[rank, to].put(self)
+        with self._changed:
+            self._ended.add(rank)
+            self._changed.notify_all()
 
     def counts(self) -> Counts:
         return {

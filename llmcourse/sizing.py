@@ -26,11 +26,7 @@ BITS_PER_VALUE = {
 }
 
 # Bytes of state an optimizer keeps for one parameter, in float32 as PyTorch's own optimizers hold it.
-OPTIMIZER_STATE_BYTES = {
-    "sgd": 0,
-    "momentum": 4,
-    "adamw": 8,
-}
+OPTIMIZER_STATE_BYTES = {"sgd": 0, "momentum": 4, "adamw": 8}
 
 
 @dataclass(frozen=True)

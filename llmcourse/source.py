@@ -6,7 +6,7 @@ Everything is cut from the file's own text with `ast`; nothing is imported and t
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
@@ -29,7 +29,7 @@ def definition(text: str, name: str, path: Path | str = "exercise") -> str:
 
 
 def _lines_of(text: str, node: Definition, following: ast.stmt | None) -> str:
-    lines = text.splitlines()
+    lines = text.split("\n")  # as Python counts lines; splitlines would also break at a form feed
     end = node.end_lineno or node.lineno
     # A closing marker after the last statement is a comment, which the syntax tree does not hold.
     limit = len(lines) if following is None else _first_line(following) - 1
@@ -51,7 +51,7 @@ def stub(text: str, path: Path | str = "exercise") -> str:
     """The source with every solution region replaced by `raise NotImplementedError`, as nbgrader does it."""
     kept: list[str] = []
     inside = False
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip() == BEGIN:
             if inside:
                 raise SourceError(f"{path}:{number}: {BEGIN} inside a solution; expected {END} first")
@@ -71,7 +71,7 @@ def stub(text: str, path: Path | str = "exercise") -> str:
 
 
 def bound_names(node: ast.stmt) -> list[str]:
-    """Names a top-level statement binds: definitions, assignments, imports."""
+    """Names a top-level statement binds or changes: definitions, assignments (`table[0] = 1` too), imports."""
     if isinstance(node, Definition):
         return [node.name]
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -81,41 +81,84 @@ def bound_names(node: ast.stmt) -> list[str]:
         targets = node.targets
     elif isinstance(node, ast.AnnAssign | ast.AugAssign):
         targets = [node.target]
-    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    return [name for target in targets for name in _target_names(target)]
+
+
+def _target_names(target: ast.expr) -> list[str]:
+    if isinstance(target, ast.Tuple | ast.List):
+        return [name for part in target.elts for name in _target_names(part)]
+    while isinstance(target, ast.Attribute | ast.Subscript | ast.Starred):
+        target = target.value
+    return [target.id] if isinstance(target, ast.Name) else []
 
 
 def used_names(node: ast.AST) -> set[str]:
-    """Names a statement reads, its decorators left out."""
-    skipped = {id(part) for d in getattr(node, "decorator_list", []) for part in ast.walk(d)}
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and id(part) not in skipped}
+    """Names a statement reads from outside: a function's own parameters and variables are left out."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        inner = node.body if isinstance(node.body, list) else [node.body]
+        own = {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
+        own |= {name for statement in inner for name in _stored_names(statement)}
+        outer = [*getattr(node, "decorator_list", []), *_outside_a_body(node)]
+        return set().union(*map(used_names, inner)) - own | set().union(*map(used_names, outer))
+    if isinstance(node, ast.Name):
+        return {node.id}
+    return set().union(*map(used_names, ast.iter_child_nodes(node)))
+
+
+def _outside_a_body(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[ast.AST]:
+    """Defaults and annotations, which are evaluated where the function is defined."""
+    return [node.args, *filter(None, [getattr(node, "returns", None)])]
+
+
+def _stored_names(node: ast.AST) -> Iterator[str]:
+    """Names a function's own body binds; those of functions and classes inside it are theirs."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        yield from bound_names(node)
+    if isinstance(node, ast.ExceptHandler) and node.name:
+        yield node.name
+    if isinstance(node, Definition):
+        yield node.name
+    elif not isinstance(node, ast.Lambda):
+        for child in ast.iter_child_nodes(node):
+            yield from _stored_names(child)
 
 
 def case_source(text: str, roots: Iterable[str], hidden: Iterable[str], path: Path | str = "exercise") -> str:
     """Source of the cases and costs in `roots` and of what they reach by name, nothing else.
 
     hidden: reference, mistakes and alternatives; a case that reaches one is an error, since a case gets the answer
-    as an argument. Decorators are left out, so what they name (judges, services) stays behind too.
+    as an argument. The decorators of the roots are left out, so what they name (judges, services) stays behind
+    too; those of what a root reaches are kept.
     """
     tree = ast.parse(text)
-    owner = {name: node for node in tree.body for name in bound_names(node)}
-    secret, wanted, queue = set(hidden), set[int](), list(roots)
+    roots = list(roots)
+    owners: dict[str, list[ast.stmt]] = {}
+    for node in tree.body:
+        if isinstance(node, Definition) and node.name in roots:
+            node.decorator_list = []
+        for name in bound_names(node):
+            owners.setdefault(name, []).append(node)
+    secret, wanted, queue = set(hidden), set[int](), roots
     reached: set[str] = set()
     while queue:
         name = queue.pop()
-        if name in reached or name not in owner:
+        if name in reached or name not in owners:
             continue
         if name in secret:
             raise SourceError(f"{path}: a case reaches {name} by name; a case gets the answer as an argument")
         reached.add(name)
-        wanted.add(id(owner[name]))
-        if not isinstance(owner[name], ast.Import | ast.ImportFrom):
-            queue.extend(used_names(owner[name]))
+        for node in owners[name]:
+            wanted.add(id(node))
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                queue.extend(used_names(node))
     kept: list[ast.stmt] = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module == "__future__":
             kept.append(node)
         elif id(node) in wanted:
-            kept.append(_without_decorators(_only(node, reached)))
+            kept.append(_only(node, reached))
     return ast.unparse(ast.Module(body=kept, type_ignores=[]))
 
 
@@ -125,12 +168,6 @@ def _only(node: ast.stmt, names: set[str]) -> ast.stmt:
         if isinstance(node, ast.ImportFrom):
             return ast.ImportFrom(node.module, aliases, node.level)
         return ast.Import(aliases)
-    return node
-
-
-def _without_decorators(node: ast.stmt) -> ast.stmt:
-    if isinstance(node, ast.FunctionDef):
-        node.decorator_list = []
     return node
 
 

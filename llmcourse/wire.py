@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import select
 import socket
 import struct
 import time
@@ -24,7 +25,8 @@ PREFIX = struct.Struct(">4sIQ")
 MAX_HEADER_BYTES = 16 << 20
 MAX_DEPTH = 32
 MAX_ITEMS = 200_000
-MAX_INT_DIGITS = 4_000
+MAX_INT_DIGITS = 3_500  # hexadecimal: what Python prints in decimal without being told to (4,300 digits)
+MAX_TENSOR_BYTES = 1 << 31
 MAX_OPAQUE_CHARS = 200
 
 DTYPES = {
@@ -74,7 +76,11 @@ class Encoder:
             return ["b", data]
         if kind is int:
             text = hex(data)  # type: ignore[arg-type]
-            return ["i", text] if len(text) <= MAX_INT_DIGITS else ["?", "an int of more than 4,000 digits"]
+            return (
+                ["i", text]
+                if len(text) <= MAX_INT_DIGITS
+                else ["?", "an int of more than 4,000 decimal digits"]
+            )
         if kind is float:
             return ["f", data.hex()]  # type: ignore[attr-defined]
         if kind is str:
@@ -83,20 +89,27 @@ class Encoder:
             return ["y", self.blob(data)]  # type: ignore[arg-type]
         if kind is Tensor or kind is torch.nn.Parameter:
             return self.encode_tensor(data)  # type: ignore[arg-type]
+        if kind in (list, tuple, dict) and self.items + len(data) > MAX_ITEMS:  # type: ignore[arg-type]
+            return ["?", f"a {kind.__name__} of {len(data):,} parts, too many to be compared"]  # type: ignore[arg-type]
         if kind is list or kind is tuple:
-            return ["l" if kind is list else "u", [self.encode(part, depth + 1) for part in data]]  # type: ignore[attr-defined]
+            parts = [self.encode(part, depth + 1) for part in data]  # type: ignore[attr-defined]
+            return ["l" if kind is list else "u", parts]
         if kind is dict and all(type(key) is str for key in data):  # type: ignore[attr-defined]
-            return ["d", [[key, self.encode(part, depth + 1)] for key, part in data.items()]]  # type: ignore[attr-defined]
+            pairs = [[key, self.encode(part, depth + 1)] for key, part in data.items()]  # type: ignore[attr-defined]
+            return ["d", pairs]
         if kind is Opaque:
             return ["?", data.kind[:MAX_OPAQUE_CHARS]]  # type: ignore[attr-defined]
         return ["?", f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")[:MAX_OPAQUE_CHARS]]
 
     def encode_tensor(self, tensor: Tensor) -> list[Any]:
         name = str(tensor.dtype).removeprefix("torch.")
-        if tensor.layout != torch.strided or name not in DTYPES or tensor.device.type == "meta":
+        odd = tensor.layout != torch.strided or name not in DTYPES or tensor.device.type == "meta"
+        if odd or tensor.is_nested:
             return ["?", f"a {name} tensor, {tensor.layout}, on {tensor.device.type}".replace("torch.", "")]
-        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+        size_bytes = tensor.numel() * tensor.element_size()
+        if size_bytes > MAX_TENSOR_BYTES:
+            return ["?", f"a {name} tensor {list(tensor.shape)}, too large to be compared"[:MAX_OPAQUE_CHARS]]
+        raw = bytes_of(tensor).numpy().tobytes()
         return ["t", name, list(tensor.shape), tensor.device.type, self.blob(raw)]
 
     def blob(self, raw: bytes) -> int:
@@ -104,9 +117,22 @@ class Encoder:
         return len(self.blobs) - 1
 
 
-def decode(node: Any, blobs: list[bytes], depth: int = 0) -> Data:
-    """Plain data back from `Encoder`'s header and blobs; ProtocolError for anything else."""
-    if depth > MAX_DEPTH or type(node) is not list or not node or type(node[0]) is not str:
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The values' bytes in order, uint8 [numel * itemsize], on the CPU; a view where the tensor is contiguous."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+    if not plain.numel():
+        return torch.empty(0, dtype=torch.uint8)
+    # One element counts as contiguous whatever its stride, but cannot be viewed as bytes with a stride of 2.
+    return plain.as_strided(plain.shape, (1,)).view(torch.uint8)
+
+
+def decode(node: Any, blobs: list[bytes | None], depth: int = 0) -> Data:
+    """Plain data back from `Encoder`'s header and blobs; ProtocolError for anything else.
+
+    A blob is taken out of `blobs` when it is used: a small frame cannot ask for one blob a million times.
+    """
+    # One deeper than the encoder goes: there it says that it stopped.
+    if depth > MAX_DEPTH + 1 or type(node) is not list or not node or type(node[0]) is not str:
         raise ProtocolError("a value is not a tagged list")
     tag, rest = node[0], node[1:]
     if tag == "n" and not rest:
@@ -149,17 +175,25 @@ def _decode_scalar(tag: str, text: str) -> Data:
         raise ProtocolError("a number that cannot be read") from error
 
 
-def _blob(index: Any, blobs: list[bytes]) -> bytes:
+def _blob(index: Any, blobs: list[bytes | None]) -> bytes:
     if type(index) is not int or not 0 <= index < len(blobs):
         raise ProtocolError("a blob that was not sent")
-    return blobs[index]
+    found, blobs[index] = blobs[index], None
+    if found is None:
+        raise ProtocolError("a blob that was used twice")
+    return found
 
 
-def _decode_tensor(rest: list[Any], blobs: list[bytes]) -> Data:
+def _decode_tensor(rest: list[Any], blobs: list[bytes | None]) -> Data:
     name, shape, device, index = rest
     if type(name) is not str or name not in DTYPES or type(device) is not str or len(device) > 16:
         raise ProtocolError("a tensor of unknown dtype or device")
-    if type(shape) is not list or len(shape) > 64 or any(type(n) is not int or n < 0 for n in shape):
+    if (
+        type(shape) is not list
+        or len(shape) > 64
+        or any(type(n) is not int or n < 0 for n in shape)
+        or math.prod(n or 1 for n in shape) >= 1 << 48
+    ):
         raise ProtocolError("a tensor whose shape is not a list of sizes")
     dtype, raw = DTYPES[name], _blob(index, blobs)
     if math.prod(shape) * dtype.itemsize != len(raw):
@@ -185,7 +219,14 @@ def device_of(tensor: Tensor) -> str:
 def copied(data: object) -> Data:
     """The data as the judge would receive it: exact types, subclasses and foreign objects as `Opaque`."""
     encoder = Encoder()
-    return decode(encoder.encode(data), encoder.blobs)
+    return decode(encoder.encode(data), [*encoder.blobs])
+
+
+def holds_opaque(data: Data) -> bool:
+    """Whether anything in the data could not be sent as it is."""
+    if isinstance(data, dict):
+        return any(map(holds_opaque, data.values()))
+    return isinstance(data, Opaque) or (isinstance(data, list | tuple) and any(map(holds_opaque, data)))
 
 
 def size_bytes(data: object) -> int:
@@ -194,15 +235,46 @@ def size_bytes(data: object) -> int:
     return len(json.dumps(encoder.encode(data))) + sum(map(len, encoder.blobs))
 
 
-def send(channel: socket.socket, message: dict[str, Any], data: dict[str, object] | None = None) -> None:
-    """Send one frame: `message` is JSON, the values of `data` are plain data. Blocks until sent."""
+def printable(text: str) -> str:
+    """The text with what a terminal could not show, or would obey, written as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def payload_bytes(data: Data) -> int:
+    """Bytes of the values themselves, without framing: tensors and bytes by their size, a number 8, text in UTF-8."""
+    if isinstance(data, Tensor):
+        return data.numel() * data.element_size()
+    if isinstance(data, bytes):
+        return len(data)
+    if isinstance(data, str):
+        return len(data.encode("utf-8", "surrogatepass"))
+    if isinstance(data, dict):
+        return sum(payload_bytes(key) + payload_bytes(part) for key, part in data.items())
+    if isinstance(data, list | tuple):
+        return sum(map(payload_bytes, data))
+    return 8 if isinstance(data, int | float) else 0
+
+
+def send(
+    channel: socket.socket,
+    message: dict[str, Any],
+    data: dict[str, object] | None = None,
+    *,
+    deadline: float | None = None,
+) -> None:
+    """Send one frame: `message` is JSON, the values of `data` are plain data. Waits until sent, or the deadline.
+
+    The socket stays in blocking mode and keeps no timeout, so that one thread may send while another receives.
+    Raises TimeoutError, Ended when the other side is gone, ProtocolError for a header that is too large.
+    """
     encoder = Encoder()
     body = {key: encoder.encode(value) for key, value in (data or {}).items()}
     header = json.dumps({"message": message, "data": body, "blobs": [len(b) for b in encoder.blobs]}).encode()
     if len(header) > MAX_HEADER_BYTES:
         raise ProtocolError(f"a header of {len(header)} bytes; at most {MAX_HEADER_BYTES} fit a frame")
     prefix = PREFIX.pack(MAGIC, len(header), sum(map(len, encoder.blobs)))
-    channel.sendall(b"".join((prefix, header, *encoder.blobs)))
+    for part in (prefix + header, *encoder.blobs):
+        _write(channel, memoryview(part), deadline)
 
 
 def receive(
@@ -223,7 +295,7 @@ def receive(
     raw_header = _read(channel, header_bytes, deadline)
     raw = _read(channel, blob_bytes, deadline)
     try:
-        header = json.loads(raw_header)
+        header = json.loads(raw_header.decode("utf-8"), object_pairs_hook=_without_duplicates)
         message, body, lengths = header["message"], header["data"], header["blobs"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ProtocolError("a header that is not the JSON of a frame") from error
@@ -232,20 +304,51 @@ def receive(
     if any(type(n) is not int or n < 0 for n in lengths) or sum(lengths) != blob_bytes:
         raise ProtocolError("blobs whose lengths do not add up")
     ends = list(itertools.accumulate(lengths))
-    blobs = [raw[end - length : end] for end, length in zip(ends, lengths, strict=True)]
-    return message, {key: decode(node, blobs) for key, node in body.items()}
+    blobs: list[bytes | None] = [raw[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    found = {key: decode(node, blobs) for key, node in body.items()}
+    if any(blob is not None for blob in blobs):
+        raise ProtocolError("blobs that no value uses")
+    return message, found
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key that occurs twice")
+    return found
+
+
+def _wait(channel: socket.socket, event: int, deadline: float | None) -> None:
+    """Wait until the socket can be read or written, or has ended; TimeoutError at the deadline."""
+    left_s = None if deadline is None else deadline - time.monotonic()
+    if left_s is not None and left_s <= 0:
+        raise TimeoutError
+    if channel.fileno() < 0:
+        raise Ended
+    waiting = select.poll()
+    waiting.register(channel, event)
+    if not waiting.poll(None if left_s is None else math.ceil(left_s * 1000)):
+        raise TimeoutError
+
+
+def _write(channel: socket.socket, part: memoryview, deadline: float | None) -> None:
+    while part:
+        _wait(channel, select.POLLOUT, deadline)
+        try:
+            part = part[channel.send(part, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            continue
+        except OSError as error:  # reset, closed at the other side or here: gone in every case
+            raise Ended from error
 
 
 def _read(channel: socket.socket, count: int, deadline: float | None) -> bytes:
     parts = bytearray()
     while len(parts) < count:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
-            raise TimeoutError
-        channel.settimeout(left)
+        _wait(channel, select.POLLIN, deadline)
         try:
             part = channel.recv(min(count - len(parts), 1 << 20))
-        except (ConnectionResetError, BrokenPipeError) as error:
+        except OSError as error:
             raise Ended from error
         if not part:
             raise Ended

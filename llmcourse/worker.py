@@ -22,6 +22,7 @@ import resource
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -43,6 +44,8 @@ MAX_FILE_BYTES, MAX_OPEN_FILES = 2 << 30, 512
 MAX_MESSAGE_CHARS = 500
 MAX_NOTED_CALLS, MAX_NOTED_CHARS = 2, 240
 REQUEST_BYTES = 1 << 16
+# What copying observations may raise: no memory for a view that is larger than what it shows, or a text of 20 MB.
+UNSENDABLE = (RuntimeError, MemoryError, wire.ProtocolError)
 
 
 # -------------------------------------------------------------------------------------- running one item, anywhere
@@ -56,15 +59,15 @@ class Forbidden(RuntimeError):
 def switched_off(names: Sequence[str]) -> Iterator[None]:
     """Replace library answers (dotted names) by ones that raise Forbidden, until the end of the block."""
     kept: list[tuple[Any, str, Any]] = []
-    for dotted in names:
-        owner_name, _, name = dotted.rpartition(".")
-        owner = _resolve(owner_name)
-        kept.append((owner, name, getattr(owner, name)))
-        setattr(owner, name, _refuser(dotted, getattr(owner, name)))
     try:
+        for dotted in names:
+            owner_name, _, name = dotted.rpartition(".")
+            owner = _resolve(owner_name)
+            kept.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, _refuser(dotted, getattr(owner, name)))
         yield
     finally:
-        for owner, name, original in kept:
+        for owner, name, original in reversed(kept):
             setattr(owner, name, original)
 
 
@@ -72,9 +75,8 @@ def _resolve(dotted: str) -> Any:
     parts = dotted.split(".")
     found: Any = importlib.import_module(parts[0])
     for index, part in enumerate(parts[1:], 2):
-        if not hasattr(found, part):
-            importlib.import_module(".".join(parts[:index]))
-        found = getattr(found, part)
+        # Not by attribute alone: torch.optim deletes the names of its modules.
+        found = getattr(found, part, None) or importlib.import_module(".".join(parts[:index]))
     return found
 
 
@@ -90,11 +92,15 @@ def _refuser(dotted: str, original: Any) -> Any:
 
 
 def reset(seed: int) -> None:
-    """Put back what an answer may have set: threads, default dtype and device, grad mode, random generators."""
+    """Put back what an answer may have set: threads, torch's defaults and modes, random generators."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device("cpu")
+    torch.set_default_device(None)
     torch.set_grad_enabled(True)
+    torch.set_float32_matmul_precision("highest")
+    if torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler, for a second
+        torch.use_deterministic_algorithms(False)
+    torch.autograd.set_detect_anomaly(False)
     torch.manual_seed(seed)
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
@@ -106,7 +112,7 @@ def summary(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes"
-    if isinstance(value, dict | list | tuple) and len(repr(value)) > 60:
+    if isinstance(value, dict | list | tuple) and (len(value) > 12 or len(repr(value)) > 60):
         return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
@@ -117,8 +123,7 @@ def checksum(value: object) -> object:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.device.type == "meta":
             return None
-        plain = value.detach().cpu().contiguous()
-        raw = plain.reshape(-1).view(torch.uint8).numpy() if plain.numel() else b""
+        raw = wire.bytes_of(value).numpy()
         return (str(value.dtype), tuple(value.shape), zlib.crc32(raw))  # type: ignore[arg-type]
     if isinstance(value, numpy.ndarray):
         return (value.dtype.str, value.shape, zlib.crc32(numpy.ascontiguousarray(value).tobytes()))
@@ -128,7 +133,9 @@ def checksum(value: object) -> object:
         return [(key, checksum(part)) for key, part in value.items()]
     if isinstance(value, list | tuple):
         return [checksum(part) for part in value]
-    return value if isinstance(value, int | float | str | bool | None) else None
+    if isinstance(value, float):
+        return value.hex()  # NaN is not equal to itself
+    return value if isinstance(value, int | str | None) else None
 
 
 class Watched:
@@ -172,13 +179,15 @@ def describe_error(error: BaseException, labels: Sequence[str]) -> dict[str, Any
             line, label = frame.lineno, frame.filename
     if isinstance(error, SyntaxError) and error.filename in labels:
         line, label = error.lineno, error.filename
-    kind = "not written" if isinstance(error, NotImplementedError) else "raised"
+    # torch raises NotImplementedError too, with a message, where an operation lacks a dtype or a device.
+    kind = "not written" if isinstance(error, NotImplementedError) and not error.args else "raised"
     try:
         message = str(error.msg if isinstance(error, SyntaxError) else error)
     except Exception as unprintable:  # noqa: BLE001 - whatever an answer raises is its outcome
         message = f"(its message cannot be printed: {type(unprintable).__name__})"
     name = type(error).__name__
-    return {"kind": kind, "type": name, "message": message[:MAX_MESSAGE_CHARS], "label": label, "line": line}
+    message = wire.printable(message[:MAX_MESSAGE_CHARS])
+    return {"kind": kind, "type": name, "message": message, "label": label, "line": line}
 
 
 def perform(
@@ -304,9 +313,14 @@ class Worker:
             sys.meta_path.insert(0, NoLessons())
         # Never left again: a worker serves one exercise.
         self.forbidden = contextlib.ExitStack()
-        self.forbidden.enter_context(switched_off(message["forbid"]))
+        try:
+            self.forbidden.enter_context(switched_off(message["forbid"]))
+        except (ImportError, AttributeError) as unknown:
+            fault = f"forbid={message['forbid']}: {unknown}"
+            self.channel.send({"loaded": True, "errors": [], "case_error": fault, "names": []})
+            return
         reset(message["seed"])
-        errors = []
+        errors: list[dict[str, Any]] = []
         for index, (label, text) in enumerate(message["parts"]):
             self.channel.send({"part": index})
             self.labels.append(label)
@@ -354,7 +368,11 @@ class Worker:
                 mutates=message["mutates"],
                 labels=self.labels,
             )
-        self.channel.send({"done": True, **happened}, {"observed": observed})
+        try:
+            self.channel.send({"done": True, **happened}, {"observed": observed})
+        except UNSENDABLE as error:
+            happened["error"] = describe_error(error, self.labels)
+            self.channel.send({"done": True, **happened})
 
 
 def become_worker(connection: socket.socket, folder: str, max_data_bytes: int) -> None:
@@ -365,6 +383,7 @@ def become_worker(connection: socket.socket, folder: str, max_data_bytes: int) -
         os.dup2(quiet, descriptor)
     os.chdir(folder)
     os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None  # what an import may have asked for in the zygote
     limits = [
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
@@ -384,43 +403,54 @@ def become_worker(connection: socket.socket, folder: str, max_data_bytes: int) -
 def serve_zygote(control: socket.socket) -> None:
     """Fork a worker per request and report how workers ended, until the judge goes; then end them all."""
     children: set[int] = set()
-    while True:
-        raw, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 1)
-        if not raw:
-            break
-        request = json.loads(raw)
-        if "fork" in request:
-            pid = os.fork()
-            if pid == 0:
-                control.close()
-                # A worker that ends in any way must not run the zygote's own exit.
-                try:
-                    become_worker(
-                        socket.socket(fileno=descriptors[0]), request["fork"], request["max_data_bytes"]
-                    )
-                finally:
-                    os._exit(3)
-            children.add(pid)
-            for descriptor in descriptors:
-                os.close(descriptor)
-            control.sendall(json.dumps({"pid": pid}).encode())
-        else:
-            _, status, usage = os.wait4(request["wait"], 0)
-            children.discard(request["wait"])
-            control.sendall(json.dumps({"status": status, "max_rss": usage.ru_maxrss}).encode())
-    for pid in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+    try:
+        while _served(control, children):
+            pass
+    finally:
+        for pid in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _served(control: socket.socket, children: set[int]) -> bool:
+    """Serve one request; False when the judge has gone."""
+    raw, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 1)
+    if not raw:
+        return False
+    request = json.loads(raw)
+    if "fork" in request:
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            # A worker that ends in any way must not run the zygote's own exit.
+            try:
+                become_worker(
+                    socket.socket(fileno=descriptors[0]), request["fork"], request["max_data_bytes"]
+                )
+            finally:
+                os._exit(3)
+        children.add(pid)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        control.sendall(json.dumps({"pid": pid}).encode())
+    elif "import" in request:
+        importlib.import_module(request["import"])
+        control.sendall(b"{}")
+    else:
+        _, status, usage = os.wait4(request["wait"], 0)
+        children.discard(request["wait"])
+        control.sendall(json.dumps({"status": status, "max_rss": usage.ru_maxrss}).encode())
+    return True
 
 
 def main() -> None:
-    """Entry point of the zygote: `python -m llmcourse.worker FD MODULE...` (modules imported beforehand)."""
+    """Entry point of the zygote: `python -m llmcourse.worker FD`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in sys.argv[2:]:
-        importlib.import_module(name)
     control = socket.socket(fileno=int(sys.argv[1]))
-    control.sendall(b"ready")
-    serve_zygote(control)
+    # The judge may have ended, or ended this process, before it was ready.
+    with contextlib.suppress(ConnectionError):
+        control.sendall(b"ready")
+        serve_zygote(control)
 
 
 if __name__ == "__main__":

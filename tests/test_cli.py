@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -240,7 +241,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the judge was asked; it answers with one right exercise and one not attempted."""
     asked: dict[str, object] = {}
 
-    def check_notebook(path: Path, *, seed: int | None = None) -> SimpleNamespace:
+    def check_notebook(path: Path, *, seed: int | None, zygote: object) -> SimpleNamespace:
         asked.update(path=path, seed=seed)
         if path.suffix != ".ipynb":
             raise UnreadableNotebook(f"expected a notebook, found {path.name}; give the .ipynb file")
@@ -249,7 +250,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
         return SimpleNamespace(exercises=VERDICTS, to_json=lambda: {"points": 2.0})
 
     stand_in(monkeypatch, "checking", check_notebook=check_notebook)
-    stand_in(monkeypatch, "judging", HarnessFault=HarnessFault)
+    stand_in(monkeypatch, "zygote", HarnessFault=HarnessFault, Zygote=nullcontext)
     stand_in(monkeypatch, "submission", UnreadableNotebook=UnreadableNotebook)
     stand_in(monkeypatch, "report", notebook_text=lambda verdict: "the report")
     return asked
@@ -414,7 +415,7 @@ def audited(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
             to_json=lambda: {"kill_rate": 1.0}, text=lambda: "the table", complete=asked["complete"]
         )
 
-    stand_in(monkeypatch, "judging", HarnessFault=HarnessFault)
+    stand_in(monkeypatch, "zygote", HarnessFault=HarnessFault)
     stand_in(monkeypatch, "auditing", audit=audit, exercises_of=exercises_of)
     return asked
 

@@ -33,6 +33,11 @@ EXCLAIMED = re.compile(r"[\w)`*”\"]![\s)\"”]*$|！", re.MULTILINE)
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u2604\u2607-\u27bf\ufe0f]")  # ★ and ☆ are U+2605 and U+2606
 
 each_lesson = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.text.stem)
+each_lesson_with_exercises = pytest.mark.parametrize(
+    "lesson",
+    [lesson for lesson in LESSONS if "[Exercise: " in lesson.text.read_text(encoding="utf-8")],
+    ids=lambda lesson: lesson.text.stem,
+)
 
 
 @cache
@@ -220,7 +225,7 @@ def test_untouched_earns_nothing_and_solution_everything_by_stock_nbgrader(
 
 
 @pytest.mark.slow
-@each_lesson
+@each_lesson_with_exercises
 def test_untouched_earns_nothing_and_solution_everything_by_llmcourse_check(lesson: Lesson) -> None:
     for path, all_of_it in ((lesson.student(REPOSITORY), False), (lesson.solution, True)):
         told = run(

@@ -171,8 +171,8 @@ def test_a_bfloat16_norm_rounds_twice_only():
     norm.bfloat16()
     wide = x.double()
     expected = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
-    # bfloat16 rounds by 2^-9 at most: once before the weight and once after it.
-    assert ((norm(x).double() - expected).abs() <= 2.01 * 2**-9 * expected.abs()).all()
+    # bfloat16 keeps 8 bits, so rounds by 2^-8 at most: once before the weight and once after it.
+    assert ((norm(x).double() - expected).abs() <= 2.01 * 2**-8 * expected.abs()).all()
 
 
 # ------------------------------------------------------------------------------------------ rotary, cache
@@ -683,6 +683,7 @@ def test_a_tensor_larger_than_the_limit_gets_its_own_file(tmp_path):
         with safe_open(tmp_path / "saved" / name, framework="pt") as file:
             held.append(list(file.keys()))
     assert [EMBEDDING] in held and ["lm_head.weight"] in held
+    assert all(held)
     load_checkpoint(tmp_path / "saved")
 
 

@@ -1,0 +1,329 @@
+"""Running one item: what an answer did is noted, what it broke is put back, what is forbidden is off."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+
+import numpy
+import pytest
+import torch
+
+from llmcourse import worker
+from llmcourse.exercise import Rng
+from llmcourse.judging import kept_torch_state
+from llmcourse.worker import Forbidden, checksum, describe_error, perform, reset, summary, switched_off
+
+HERE = [__file__]
+
+
+def run(answer, case, **options):
+    return perform(case, answer, Rng(1), labels=HERE, **options)
+
+
+# ------------------------------------------------------------------------------------------------------ one item
+
+
+def test_an_item_gives_its_observations_and_what_was_tried():
+    happened, observed = run(lambda x, n=2: x * n, lambda answer, rng: {"y": answer(torch.ones(2, 3), n=3)})
+    assert torch.equal(observed["y"], torch.full((2, 3), 3.0))
+    assert happened["error"] is None and happened["changed"] == [] and happened["seconds"] >= 0
+    assert happened["tried"] == ["<lambda>(x=float32 [2, 3], n=3)"]
+
+
+def test_only_the_first_calls_are_noted_and_each_in_few_words():
+    def answer(*arguments):
+        return 1
+
+    happened, _ = run(answer, lambda answer, rng: [answer(*["word" * 90] * 9) for _ in range(50)])
+    assert len(happened["tried"]) == worker.MAX_NOTED_CALLS
+    assert all(len(tried) <= worker.MAX_NOTED_CHARS for tried in happened["tried"])
+
+
+def test_an_exception_is_told_with_its_type_message_and_the_learners_own_line():
+    def answer(x):
+        return torch.ones(2) @ torch.ones(3)
+
+    happened, observed = run(answer, lambda answer, rng: answer(1))
+    error = happened["error"]
+    assert observed is None and (error["kind"], error["type"], error["label"]) == (
+        "raised",
+        "RuntimeError",
+        __file__,
+    )
+    assert error["line"] == answer.__code__.co_firstlineno + 1 and error["message"]
+
+
+def test_a_wrong_signature_is_told_beside_the_type_error():
+    happened, _ = run(lambda weight, axis: weight, lambda answer, rng: answer(1))
+    assert happened["error"]["type"] == "TypeError" and happened["error"]["signature"] == ["weight", "axis"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "name"),
+    [
+        (NotImplementedError, "not written", "NotImplementedError"),
+        (NotImplementedError("'tril' is not implemented for 'Float8'"), "raised", "NotImplementedError"),
+        (SystemExit(3), "raised", "SystemExit"),
+        (MemoryError(), "raised", "MemoryError"),
+        (RecursionError("deep"), "raised", "RecursionError"),
+    ],
+    ids=["stub", "an operation torch lacks", "exit", "memory", "recursion"],
+)
+def test_an_answer_that_stops_is_told_by_kind(error, kind, name):
+    def answer():
+        raise error
+
+    happened, _ = run(answer, lambda answer, rng: answer())
+    assert (happened["error"]["kind"], happened["error"]["type"]) == (kind, name)
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (Unprintable(), "(its message cannot be printed: RuntimeError)"),
+        (ValueError("\x1b]0;title\x07 \ud800"), "\\x1b]0;title\\x07 \\ud800"),
+        (ValueError("x" * 10_000), "x" * worker.MAX_MESSAGE_CHARS),
+        (SyntaxError("bad"), "bad"),
+    ],
+    ids=["unprintable", "control characters", "long", "syntax"],
+)
+def test_a_message_is_short_and_printable(error, message):
+    assert describe_error(error, [])["message"] == message
+
+
+def test_an_interrupt_goes_through():
+    def answer():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(answer, lambda answer, rng: answer())
+
+
+# --------------------------------------------------------------------------------------------- changed arguments
+
+
+def changes(change, value):
+    """Names of the arguments noted as changed when the answer applies `change` to `value`."""
+
+    def answer(given, other):
+        change(given)
+
+    return run(answer, lambda answer, rng: answer(value, other=torch.ones(1)))[0]["changed"]
+
+
+@pytest.mark.parametrize(
+    ("value", "change"),
+    [
+        (torch.ones(3), lambda x: x.add_(1)),
+        (torch.ones(3), lambda x: x.data.add_(1)),
+        (torch.ones(3), lambda x: x.numpy().__setitem__(0, 5)),
+        (torch.ones(2, 3).T, lambda x: x.zero_()),
+        (torch.ones(4)[::4], lambda x: x.zero_()),
+        (torch.ones(3), lambda x: x.resize_(1)),
+        (torch.ones(3, dtype=torch.bfloat16), lambda x: x.neg_()),
+        (numpy.ones(3), lambda x: x.fill(2)),
+        (bytearray(b"abc"), lambda x: x.reverse()),
+        ({"a": [torch.ones(1)]}, lambda x: x["a"][0].zero_()),
+        ({"a": 1}, lambda x: x.pop("a")),
+        ([3, 1], lambda x: x.sort()),
+    ],
+    ids=[
+        "in place",
+        "data",
+        "numpy view",
+        "transposed",
+        "one strided",
+        "resized",
+        "bfloat16",
+        "numpy",
+        "bytes",
+        "nested",
+        "dict",
+        "list",
+    ],
+)
+def test_a_changed_argument_is_noted_by_name(value, change):
+    assert changes(change, value) == ["given"]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(3),
+        torch.eye(2).to_sparse(),
+        torch.ones(2, device="meta"),
+        object(),
+        float("nan"),
+        iter([1]),
+    ],
+    ids=["tensor", "sparse", "meta", "object", "nan", "iterator"],
+)
+def test_an_argument_that_is_only_read_is_not_noted(value):
+    assert changes(lambda given: None, value) == []
+
+
+def test_an_answer_that_may_change_its_arguments_is_not_watched():
+    happened, _ = run(lambda x: x.zero_(), lambda answer, rng: answer(torch.ones(1)), mutates=True)
+    assert happened["changed"] == [] and happened["tried"]
+
+
+def test_a_class_reaches_the_case_as_it_is():
+    class Answer:
+        pass
+
+    happened, observed = run(Answer, lambda answer, rng: [answer])
+    assert observed[0] is Answer and happened["tried"] == [] and happened["changed"] == []
+
+
+def test_a_checksum_sees_dtype_shape_and_bytes():
+    ones = torch.ones(2, 2)
+    assert checksum(ones) == checksum(ones.clone()) == checksum(ones.T)
+    assert len({str(checksum(x)) for x in (ones, ones.double(), ones.reshape(4), ones * 2, ones.int())}) == 5
+    assert checksum(torch.empty(0, 3)) != checksum(torch.empty(3, 0))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (torch.ones(2, dtype=torch.int8), "int8 [2]"),
+        (b"abc", "3 bytes"),
+        ([1, 2], "[1, 2]"),
+        ([torch.ones(100)] * 50, "a list of 50"),
+        ({"a": "x" * 100}, "a dict of 1"),
+        ("x" * 100, "'" + "x" * 58 + "…"),
+    ],
+    ids=["tensor", "bytes", "short list", "tensors", "dict", "text"],
+)
+def test_an_argument_is_shown_in_a_few_words(value, shown):
+    assert summary(value) == shown
+
+
+# ------------------------------------------------------------------------------------------------- switched off
+
+
+def test_library_answers_are_off_inside_the_block_and_back_after_it():
+    original, function = torch.optim.AdamW, torch.nn.functional.softmax
+    with switched_off(["torch.optim.AdamW", "torch.nn.functional.softmax", "torch.Tensor.softmax"]):
+        with pytest.raises(Forbidden, match="AdamW is what this exercise asks you to write"):
+            torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+        with pytest.raises(Forbidden, match="softmax"):
+            torch.nn.functional.softmax(torch.ones(2), dim=0)
+        with pytest.raises(Forbidden):
+            torch.ones(2).softmax(0)
+    assert torch.optim.AdamW is original and torch.nn.functional.softmax is function
+    assert torch.ones(2).softmax(0).sum() == 1
+
+
+def test_modules_whose_names_their_package_deletes_are_found():
+    with switched_off(["torch.optim.adamw.adamw"]), pytest.raises(Forbidden):
+        sys.modules["torch.optim.adamw"].adamw()
+
+
+@pytest.mark.parametrize("name", ["torch.optim.NoSuchThing", "torch.no_such_module.f", "no_such_package.f"])
+def test_a_name_that_does_not_exist_is_an_error_and_leaves_everything_on(name):
+    original = torch.optim.SGD
+    with pytest.raises((AttributeError, ImportError)), switched_off(["torch.optim.SGD", name]):
+        pass
+    assert torch.optim.SGD is original
+
+
+# ------------------------------------------------------------------------------------------------ torch's settings
+
+
+def disturb():
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    torch.autograd.set_detect_anomaly(True)
+    torch.set_num_threads(2)
+
+
+def settings():
+    return (
+        torch.get_default_dtype(),
+        str(torch.get_default_device()),
+        torch.is_grad_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_anomaly_enabled(),
+        torch.get_num_threads(),
+    )
+
+
+def test_reset_puts_back_what_an_answer_may_have_set():
+    with kept_torch_state(0):
+        reset(5)
+        clean = settings()
+        first = (torch.rand(1).item(), random.random(), numpy.random.rand())
+        disturb()
+        reset(5)
+        assert settings() == clean == (torch.float32, "cpu", True, "highest", False, False, 1)
+        assert (torch.rand(1).item(), random.random(), numpy.random.rand()) == first
+
+
+def test_a_notebook_gets_its_own_settings_and_random_streams_back():
+    before = settings()
+    try:
+        disturb()
+        mine = settings()
+        torch.manual_seed(3), random.seed(3), numpy.random.seed(3)
+        with kept_torch_state(7):
+            assert settings() != mine
+            torch.rand(5, device="cpu"), random.random(), numpy.random.rand()
+        assert settings() == mine
+        after = (
+            torch.rand(1, device="cpu", dtype=torch.float32).item(),
+            random.random(),
+            numpy.random.rand(),
+        )
+    finally:
+        reset(0)
+        torch.set_num_threads(before[-1])
+    torch.manual_seed(3), random.seed(3), numpy.random.seed(3)
+    assert after == (torch.rand(1).item(), random.random(), numpy.random.rand())
+
+
+def test_lessons_cannot_be_imported_beside_an_answer():
+    finder = worker.NoLessons()
+    for name in ("llmcourse.lessons", "llmcourse.lessons.parameter_loading.parameter_count"):
+        with pytest.raises(ImportError, match="course's own answers"):
+            finder.find_spec(name)
+    assert finder.find_spec("llmcourse.lessons_of_others") is None and finder.find_spec("torch") is None
+
+
+def test_a_remote_service_waits_for_its_own_reply_when_several_threads_call():
+    """Replies that arrive in another order than the calls reach the thread that asked."""
+    import socket
+
+    from llmcourse import wire
+
+    ours, theirs = socket.socketpair()
+    remote = worker.Remote(worker.Channel(theirs), ("double",), {"rank": 1})
+    found = {}
+
+    def ask(number):
+        found[number] = remote.double(number)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    calls = [wire.receive(ours, max_bytes=1 << 20) for _ in threads]
+    for message, data in reversed(calls):
+        wire.send(ours, {"reply": message["call"]}, {"result": data["arguments"][0] * 2})
+    for thread in threads:
+        thread.join(30)
+    assert found == {number: number * 2 for number in range(4)} and remote.rank == 1
+    # Not closed here: the channel's reader ends its process when the judge goes.
+    worker_end_kept_open.append((ours, theirs))
+
+
+worker_end_kept_open: list = []
