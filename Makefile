@@ -13,7 +13,8 @@ STAMP  := .venv/.installed
 TORCH  := $(shell grep '^torch==' constraints.txt)
 AUDIT  ?= --sample
 LAB    ?=
-PYTEST ?=
+# Files side by side, the tests of one file after another.
+PYTEST ?= -n auto --maxprocesses 4 --dist loadfile
 NOTEBOOKS = $(wildcard solutions/*/*.ipynb)
 BROWSER   = $(wildcard tests/browser)
 
@@ -45,8 +46,12 @@ test: $(STAMP)
 	@$(PY) -m ruff format --check .
 	@echo "== mypy"
 	@$(PY) -m mypy
-	@echo "== pytest: tests, doctests, executed notebooks"
-	@$(PY) -m pytest $(PYTEST) tests llmcourse $(if $(NOTEBOOKS),--nbval-lax --ignore-glob='tests/*.ipynb' $(NOTEBOOKS))
+	@echo "== pytest: tests, doctests"
+	@$(PY) -m pytest $(PYTEST) tests llmcourse
+ifneq ($(NOTEBOOKS),)
+	@echo "== nbval: the solution notebooks run, and print again what they are marked for"
+	@LLMCOURSE_SEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --nbval-lax $(NOTEBOOKS)
+endif
 	@echo "== audit $(AUDIT)"
 	@$(PY) -m llmcourse.cli audit $(AUDIT)
 	@echo "== notebooks are built from their sources"

@@ -7,9 +7,13 @@ Every answer goes through a worker, like a learner's, over several fresh seeds. 
 from __future__ import annotations
 
 import ast
+import contextlib
+import os
+import queue
 import random
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
@@ -19,6 +23,7 @@ from llmcourse.engine import Answer, Engine
 from llmcourse.exercise import Exercise, Item, exercise_paths, load
 from llmcourse.judging import Outcome, Verdict, compare, judge
 from llmcourse.mutants import Mutant, mutants
+from llmcourse.zygote import Zygote
 
 MIN_SEEDS = 3
 
@@ -180,13 +185,27 @@ def audit(
     """Audit the exercises of the lessons; `mutants` is how many a exercise at most (a seeded sample), None for all."""
     first = secrets.randbelow(1 << 31) if seed is None else seed
     numbers = tuple(first + index for index in range(max(seeds, MIN_SEEDS)))
-    audits = []
-    with Engine(preload=("torch._dynamo",)) as engine:
-        for exercise in exercises_of(lessons):
-            if progress is not None:
-                progress(exercise.name)
-            audits.append(audit_exercise(engine, exercise, numbers, mutants))
-    return AuditReport(tuple(audits), numbers)
+    exercises = exercises_of(lessons)
+    jobs = max(
+        1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, len(exercises))
+    )
+    idle: queue.SimpleQueue[Engine] = queue.SimpleQueue()
+
+    def one(exercise: Exercise) -> ExerciseAudit:
+        engine = idle.get()
+        if progress is not None:
+            progress(exercise.name)
+        try:
+            return audit_exercise(engine, exercise, numbers, mutants)
+        finally:
+            idle.put(engine)
+
+    with contextlib.ExitStack() as stack:
+        # Left in reverse: engines that are closed first end whatever still runs when the audit is interrupted.
+        pool = stack.enter_context(ThreadPoolExecutor(jobs))
+        for zygote in [Zygote() for _ in range(jobs)]:
+            idle.put(stack.enter_context(Engine(preload=("torch._dynamo",), zygote=zygote)))
+        return AuditReport(tuple(pool.map(one, exercises)), numbers)
 
 
 def audit_exercise(

@@ -433,7 +433,7 @@ def load(path: Path) -> Exercise:
     """The exercise of a file; ValueError when the file does not define one of its own name."""
     module = _module(path)
     reference = getattr(module, path.stem, None)
-    if "__exercise__" not in getattr(reference, "__dict__", {}):
+    if reference is None or "__exercise__" not in getattr(reference, "__dict__", {}):
         raise ValueError(
             f"{path}: expected `@exercise(...)` on a function or class named {path.stem}; found none"
         )

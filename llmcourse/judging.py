@@ -365,7 +365,7 @@ def costs_of(item: Item, outcome: Outcome) -> dict[str, tuple[float | None, floa
     """Counts of a cost, from the item and from its service: {name: (counted, at most)}."""
     counts: dict[str, tuple[float | None, float | None]] = {}
     observed = outcome.observed if isinstance(outcome.observed, dict) else {}
-    ranks = bool(observed) and all(key.startswith("rank ") for key in observed)
+    ranks = all(key.startswith("rank ") and isinstance(part, dict) for key, part in observed.items())
     for part in observed.values() if ranks else [observed]:
         for name, value in part.items() if isinstance(part, dict) else ():
             pair = value if isinstance(value, tuple) and len(value) == 2 else (value, None)

@@ -343,7 +343,9 @@ class Worker:
         try:
             exec(compile(text, label, "exec", dont_inherit=True), vars(module))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever an answer raises is its outcome
-            return describe_error(error, [label])
+            described = describe_error(error, [label])
+            # Text that cannot even be compiled has no line of its own in the traceback.
+            return {**described, "label": described["label"] or label}
         return None
 
     def item(self, message: dict[str, Any], data: dict[str, Any]) -> None:

@@ -163,8 +163,8 @@ def ranked(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short_limits(monkeypatch):
     """A worker that hangs is given up soon; a right answer on a busy machine is not."""
-    monkeypatch.setattr(engine_module, "LOAD_LIMIT_S", 2.0)
-    monkeypatch.setattr(engine_module, "limit_s", lambda expected: 2.0)
+    monkeypatch.setattr(engine_module, "LOAD_LIMIT_S", 1.5)
+    monkeypatch.setattr(engine_module, "limit_s", lambda expected: 1.5)
 
 
 SEED = 20_240
@@ -231,7 +231,7 @@ def test_an_answer_that_is_not_there_is_not_attempted(engine, add, text, reason)
 @pytest.mark.parametrize(
     ("text", "word", "reason"),
     [
-        (body("while True: pass"), "timed out", "it ran for more than 2.0 s"),
+        (body("while True: pass"), "timed out", "it ran for more than 1.5 s"),
         (body("os._exit(7)"), "crashed", "exit status 7"),
         (body("ctypes.string_at(0)"), "crashed", "SIGSEGV"),
         (body("os.kill(os.getpid(), signal.SIGKILL)"), "crashed", "it was killed"),
@@ -242,14 +242,14 @@ def test_an_answer_that_is_not_there_is_not_attempted(engine, add, text, reason)
         (body("return 1 / 0"), "wrong", "raised ZeroDivisionError: division by zero (line 4 of your cell)"),
         (body("return add(x, y)"), "wrong", "raised RecursionError"),
         (
-            body("x += 1" if False else "x.add_(1) if torch.is_tensor(x) else 0"),
+            body("x.add_(1) if torch.is_tensor(x) else 0"),
             "wrong",
             "changed its argument `x`",
         ),
         (body("return torch.ones(1 << 22)"), "crashed", "at most"),
         (body("return torch.ones(1).expand(1 << 34)"), "wrong", "too large to be compared"),
         (body("return 'x' * (20 << 20)"), "wrong", "raised ProtocolError: a header of"),
-        (body("os.closerange(3, 512)"), "crashed", "exit status 0"),
+        (body("os.closerange(3, 512)"), "crashed", "exit status"),
         (body("import llmcourse.lessons"), "wrong", "cannot import it"),
         (body("from llmcourse.lessons.numbers.add import add as ours"), "wrong", "course's own answers"),
         (body("return float('nan') * x"), "wrong", "found nan"),
@@ -358,7 +358,8 @@ FORGED = {
     "an error of no kind": 'frame({**DONE, "error": {"kind": "harness"}})',
     "an error without type": 'frame({**DONE, "error": {"kind": "raised"}})',
     "an error that is text": 'frame({**DONE, "error": "raised"})',
-    "a signature that is a number": 'frame({**DONE, "error": {"kind": "raised", "type": "", "message": "", "signature": 5}})',
+    "a signature that is a number": """frame({**DONE, "error":
+        {"kind": "raised", "type": "", "message": "", "signature": 5}})""",
     "a type that is a list": 'frame({**DONE, "error": {"kind": "raised", "type": [], "message": ""}})',
     "tried that is a number": 'frame({**DONE, "tried": 5})',
     "changed that is a dict": 'frame({**DONE, "changed": {}})',
