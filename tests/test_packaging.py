@@ -90,7 +90,7 @@ JUDGES = {
         "source",
         "submission",
     ),
-    *("wire", "worker"),
+    *("wire", "worker", "zygote"),
 }
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks", "interview"}
 PICTURES = {"figures", "widgets"}
