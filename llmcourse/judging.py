@@ -266,7 +266,8 @@ def kept_torch_state(seed: int) -> Iterator[None]:
         torch.set_grad_enabled(grad)
         torch.set_default_device(None if device.type == "cpu" else device)
         torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:  # setting it imports the compiler
+            torch.use_deterministic_algorithms(deterministic)
         torch.autograd.set_detect_anomaly(anomaly)
         torch.set_rng_state(torch_state)
         random.setstate(states[0])

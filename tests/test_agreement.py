@@ -55,7 +55,7 @@ def test_the_same_data_agrees(observed, expected):
         (math.inf, -math.inf, "expected -inf, found inf"),
         (1.0, math.nan, "expected nan, found 1"),
         (Opaque("numpy.ndarray"), torch.ones(2), "expected float32 [2], found numpy.ndarray"),
-        (torch.ones(2), [1.0, 1.0], "expected [1.0, 1.0], found float32 [2]"),
+        (torch.ones(2), [1, 1], "expected [1, 1], found float32 [2]"),
         (torch.ones(2), torch.ones(2, dtype=torch.float64), "expected float64 [2], found float32 [2]"),
         (torch.ones(2, 1), torch.ones(1, 2), "expected float32 [1, 2], found float32 [2, 1]"),
         (torch.tensor(1.5), torch.tensor(2.5), "expected 2.5, found 1.5"),

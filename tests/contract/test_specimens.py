@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llmcourse import auditing, services
+from llmcourse.auditing import AuditReport
 from llmcourse.engine import Answer, Engine
-from llmcourse.exercise import exercise_paths, find
+from llmcourse.exercise import Exercise, exercise_paths, find
 from llmcourse.judging import InProcess, expectations, judge
 
 # A wrong answer of each, which its report must name: among them one that fails by a count alone (GridRound), one
@@ -22,67 +25,81 @@ SPECIMENS = {
     "mean_scatter": "receives_first",
 }
 SAMPLED_MUTANTS = 3
+HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def engine():
-    with Engine(preload=("torch._dynamo",)) as started:
-        yield started
+@pytest.fixture(scope="module", autouse=True)
+def specimens_folder() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMCOURSE_LESSONS", str(HERE))
+        # No answer here receives in one thread while another computes, so a deadlock is plain at once.
+        patch.setattr(services, "DEADLOCK_S", 0.02)
+        yield
 
 
 @pytest.fixture(params=SPECIMENS)
-def specimen(request, monkeypatch):
-    monkeypatch.setenv("LLMCOURSE_LESSONS", str(Path(__file__).parent))
-    # No answer here receives in one thread while another computes, so a deadlock is plain at once.
-    monkeypatch.setattr(services, "DEADLOCK_S", 0.02)
+def specimen(request: pytest.FixtureRequest) -> Exercise:
     return find(request.param)
 
 
-def audited(engine, specimen, seed, mutants):
-    found = auditing.audit_exercise(engine, specimen, range(seed, seed + auditing.MIN_SEEDS), mutants)
-    assert found.problems == []
-    e = specimen
-    assert found.killed == found.recognised == len(e.mistakes) >= 7
-    assert found.accepted == len(e.alternatives) >= 2
-    assert found.solution_points == e.points and found.stub_points == 0
+@pytest.fixture(scope="module")
+def sampled() -> AuditReport:
+    """The audit of all six over fresh seeds, with a few of their mutants."""
+    return auditing.audit(["specimens"], mutants=SAMPLED_MUTANTS)
+
+
+@pytest.fixture(scope="module")
+def whole() -> AuditReport:
+    """The audit of all six over fresh seeds, with every mutant."""
+    return auditing.audit(["specimens"])
+
+
+def proven(report: AuditReport, specimen: Exercise) -> auditing.ExerciseAudit:
+    found = next(one for one in report.exercises if one.exercise is specimen)
+    assert found.problems == [], f"seeds {report.seeds}"
+    assert found.killed == found.recognised == len(specimen.mistakes) >= 7
+    assert found.accepted == len(specimen.alternatives) >= 2
+    assert found.solution_points == specimen.points and found.stub_points == 0
     return found
 
 
-def test_every_specimen_of_the_folder_is_tested(monkeypatch):
-    monkeypatch.setenv("LLMCOURSE_LESSONS", str(Path(__file__).parent))
-    here = [
-        name for name, path in exercise_paths().items() if path.parent == Path(__file__).parent / "specimens"
-    ]
+def test_every_specimen_of_the_folder_is_tested():
+    here = [name for name, path in exercise_paths().items() if path.parent == HERE / "specimens"]
     assert sorted(here) == sorted(SPECIMENS)
 
 
-def test_the_audit_finds_nothing_wrong_over_three_fresh_seeds(engine, specimen, seed):
-    found = audited(engine, specimen, seed, SAMPLED_MUTANTS)
+def test_the_audit_finds_nothing_wrong_over_three_fresh_seeds(sampled, specimen):
+    found = proven(sampled, specimen)
+    assert len(sampled.seeds) == 3
     assert found.mutants == SAMPLED_MUTANTS == found.mutants_killed + found.excused
 
 
 @pytest.mark.slow
-def test_every_mechanical_mutant_dies_or_is_excused(engine, specimen, seed):
-    found = audited(engine, specimen, seed, None)
+def test_every_mechanical_mutant_dies_or_is_excused(whole, specimen):
+    found = proven(whole, specimen)
     assert found.mutants_killed + found.excused == found.mutants > 10
     assert found.excused == len(specimen.excuses)
 
 
-def as_a_learner(exercise, name):
-    """Our answer as a notebook would hand it in: without the reference, untrusted, everything it needs in its cell."""
-    text = exercise.source
-    handed_in = f"{text}\n{exercise.name} = {name}\n"
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine(preload=("torch._dynamo",)) as started:
+        yield started
+
+
+def as_a_learner(exercise: Exercise, name: str) -> Answer:
+    """Our answer as a notebook would hand it in: untrusted, everything it needs in its cell."""
+    handed_in = f"{exercise.source}\n{exercise.name} = {name}\n"
     return Answer(exercise.name, (("cell", handed_in),), own="cell")
 
 
-def test_the_reference_and_a_named_mistake_get_the_same_verdict_in_and_out_of_process(engine, specimen, seed):
-    expected_outside = engine.expected(specimen, seed)
-    inside = InProcess()
-    expected_inside = expectations(inside, specimen, seed)
+def test_the_reference_and_a_named_mistake_get_the_same_verdict_in_and_out_of_process(engine, specimen):
+    seed, inside = secrets.randbits(31), InProcess()
+    outside_expected, inside_expected = engine.expected(specimen, seed), expectations(inside, specimen, seed)
     for name in (specimen.name, SPECIMENS[specimen.name]):
-        outside = judge(engine, specimen, as_a_learner(specimen, name), seed, expected_outside)
-        here = judge(inside, specimen, inside.ours(specimen, name), seed, expected_inside)
-        assert outside.to_json() == here.to_json()
+        outside = judge(engine, specimen, as_a_learner(specimen, name), seed, outside_expected)
+        here = judge(inside, specimen, inside.ours(specimen, name), seed, inside_expected)
+        assert outside.to_json() == here.to_json(), f"seed {seed}"
         if name == specimen.name:
             assert (outside.verdict, outside.points) == ("right", specimen.points)
         else:

@@ -107,52 +107,59 @@ def test_huggingface_hub_loads_the_checkpoint(tmp_path: Path, seed: int) -> None
     assert equal(dict(other.state_dict()), dict(model.state_dict()))
 
 
-# A child that ends itself, with nothing flushed and no handler run, when a chosen audited operation is about to happen.
-CHILD = """
-import os, sys, torch
-from llmcourse.lessons.parameter_loading.save_sharded import save_sharded
-folder, value, stop = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-tensors = {f"layers.{i}": torch.full((60,), value) for i in range(5)}
-seen = [0]
-def hook(event, arguments):
-    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and str(arguments[0]).startswith(folder)
-    if writes or event in ("os.rename", "os.remove"):
-        seen[0] += 1
-        if seen[0] == stop:
-            os._exit(9)
-sys.addaudithook(hook)
-save_sharded(tensors, folder, 700)
-print(seen[0])
+# Forks a child for each operation, which ends there, nothing flushed and no handler run; says what is left each time.
+CRASHES = """
+import json, os, sys, torch
+from llmcourse.lessons.parameter_loading.save_sharded import INDEX, save_sharded
+from safetensors.torch import load_file
+
+folder, operations = sys.argv[1], ["os.rename", "os.remove"]
+
+def save_until(stop, value):
+    seen = []
+    def hook(event, arguments):
+        written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if written or event in operations:
+            seen.append(event)
+            if len(seen) == stop:
+                os._exit(9)
+    sys.addaudithook(hook)
+    save_sharded({f"layers.{i}": torch.full((60,), value) for i in range(5)}, folder, 700)
+    os._exit(0)
+
+def found():
+    with open(os.path.join(folder, INDEX)) as file:
+        shards = json.load(file)["weight_map"]
+    return sorted({v for name, shard in shards.items() for v in load_file(os.path.join(folder, shard))[name].tolist()})
+
+value, lines = 1.0, []
+for stop in [0, *range(1, 99)]:
+    before = found() if stop else []
+    pid = os.fork()
+    if pid == 0:
+        save_until(stop, value)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    lines.append([stop, status, value, before, found()])
+    value += 1
+    if stop and status == 0:
+        break
+print(json.dumps(lines))
 """
 
 
-def run_child(folder: Path, value: float, stop: int) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(folder), str(value), str(stop)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def values_in(folder: Path) -> set[float]:
-    return {float(value) for tensor in loaded(folder).values() for value in tensor.unique()}
-
-
-@pytest.mark.slow
 def test_a_process_ended_before_any_operation_leaves_old_or_new(tmp_path: Path) -> None:
-    done = run_child(tmp_path, 1.0, 0)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CRASHES, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
-    operations = int(done.stdout)  # a shard and the index: open, rename each
-    total = operations + len(list(tmp_path.glob("model-*.safetensors")))  # and the removal of the old shards
-    old, seen = 1.0, []
-    for stop in range(1, total + 1, 2):
-        assert run_child(tmp_path, old + 1, stop).returncode == 9
-        (found,) = values_in(tmp_path)
-        assert found in (old, old + 1)
-        seen.append(found == old + 1)
-        old = found
-    assert seen == sorted(seen) and any(seen) and not all(seen)
-    assert run_child(tmp_path, 100.0, 0).returncode == 0
-    assert values_in(tmp_path) == {100.0}
-    assert not list(tmp_path.glob("*.tmp"))
+    first, *ended, last = json.loads(done.stdout)
+    assert first == [0, 0, 1.0, [], [1.0]] and last[1] == 0 and last[2:3] == last[4]
+    # Three shards and the index are opened and renamed: 8 operations at least, and then the old shards are removed.
+    assert len(ended) > 8 and {status for _, status, *_ in ended} == {9}
+    replaced = [after == [value] for _, _, value, before, after in ended]
+    assert all(after in (before, [value]) for _, _, value, before, after in ended)
+    assert replaced == sorted(replaced) and any(replaced) and not all(replaced)
+    assert not list(tmp_path.glob("*.tmp")) and len(list(tmp_path.glob("model-*.safetensors"))) == 3
 
 
 def test_a_write_that_fails_at_any_byte_leaves_the_old_checkpoint(tmp_path: Path, seed: int) -> None:
