@@ -291,7 +291,7 @@ class RotaryEmbedding(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self, device: torch.device | str | None = None) -> None:
-        """Compute the frequencies anew, in float32: no checkpoint holds them. On torch's default device unless given."""
+        """Compute the frequencies anew, in float32, on torch's default device unless given: no file holds them."""
         self.inv_freq = inverse_frequencies(self.config).to(device or torch.get_default_device())
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:

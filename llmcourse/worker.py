@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.abc
 import inspect
@@ -421,6 +422,8 @@ def _served(control: socket.socket, children: set[int]) -> bool:
         return False
     request = json.loads(raw)
     if "fork" in request:
+        # What is frozen no collection looks at, so that workers do not copy the pages of everything torch made.
+        gc.freeze()
         pid = os.fork()
         if pid == 0:
             control.close()

@@ -1,4 +1,4 @@
-"""parameter_count against the totals that authors publish and against models that transformers builds without memory."""
+"""parameter_count against published totals and against models that transformers builds without memory."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_counts_equal_a_model_of_transformers_on_the_meta_device(family: str, se
             "num_key_value_heads": key_value_heads,
             "tie_word_embeddings": tied,
         }
-        # The two Qwens and Mistral have defaults of their own (128 wide, 32 or 8 heads) in transformers, so keys are left out
+        # The two Qwens and Mistral have defaults of their own in transformers (128 wide, 32 or 8 heads): keys left out
         # for Llama only; Qwen2's code does not read head_dim.
         if family == "llama" and draw.random() < 0.5:
             config["num_key_value_heads"] = None

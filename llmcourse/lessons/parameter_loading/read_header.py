@@ -26,32 +26,34 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
     hints=(
         "Trust nothing: compare the header's length with the file's size before you read it, and let the byte ranges, "
         "sorted, prove that they cover the data from its first byte to its last.",
-        "json.loads keeps the last of two equal names, guesses encodings when it is given bytes, and gives true as a bool, "
-        "which Python counts as an int; object_pairs_hook sees the names before they are merged.",
+        "json.loads keeps the last of two equal names, guesses encodings when it is given bytes, and gives true as a "
+        "bool, which Python counts as an int; object_pairs_hook sees the names before they are merged.",
     ),
 )
 def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Names, types, shapes and places of a safetensors file's tensors, and a refusal of every malformed file; about 35 lines.
+    """Places, types and shapes of a safetensors file's tensors, and a refusal of every malformed file; about 35 lines.
 
     reader.size_bytes is the file's size; reader.read(offset, count) gives `count` bytes, fewer at the end of the file.
     Returns {name: (dtype, shape, start, end)}: dtype as the header writes it, shape a tuple of ints, the tensor's bytes
     at [start, end) counted from the first byte of the *file*. `__metadata__` is not a tensor.
 
-    The file is 8 bytes N (unsigned, little-endian), N bytes of header, then the data up to the end of the file. The header
-    is a JSON object in UTF-8 whose first byte is `{`; spaces may follow it. It holds {name: {"dtype": ..., "shape": [...],
-    "data_offsets": [begin, end]}} in any order, offsets counted from the first byte of the data, and may hold
-    `__metadata__`, an object whose values are strings. The ranges cover all the data: no gap, no overlap, nothing
-    left over. shape [] is one value; a 0 in a shape means no values and no bytes; no tensor at all is allowed.
+    The file is 8 bytes N (unsigned, little-endian), N bytes of header, then the data up to the end of the file. The
+    header is a JSON object in UTF-8 whose first byte is `{`; spaces may follow it. It holds {name: {"dtype": ...,
+    "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from the first byte of the data,
+    and may hold `__metadata__`, an object whose values are strings. The ranges cover all the data: no gap, no
+    overlap, nothing left over. shape [] is one value; a 0 in a shape means no values and no bytes; no tensor at all
+    is allowed.
 
     Bytes a value: 1 for BOOL U8 I8 F8_E4M3 F8_E5M2, 2 for U16 I16 F16 BF16, 4 for U32 I32 F32, 8 for U64 I64 F64.
 
-    ValueError, and nothing else, for a file that is not like this: too short, a dtype not named here, an entry without
-    its three keys or with others' types in them (true and 1.0 are not integers), a negative number, a range whose length is not
-    the shape's, JSON nested too deeply for the parser. A name twice in one object is refused, and so is a space before `{`: the format's
-    text forbids both, although the library (safetensors 0.8.0) accepts them.
+    ValueError, and nothing else, for a file that is not like this: too short, a dtype not named here, an entry
+    without its three keys or with others' types in them (true and 1.0 are not integers), a negative number, a range
+    whose length is not the shape's, JSON nested too deeply for the parser. A name twice in one object is refused,
+    and so is a space before `{`: the format's text forbids both, although the library (safetensors 0.8.0) accepts
+    them.
 
-    Read no more than the 8 bytes and the header, and never ask for more than the file holds: N may claim 2**62. The library's
-    own readers are switched off.
+    Read no more than the 8 bytes and the header, and never ask for more than the file holds: N may claim 2**62. The
+    library's own readers are switched off.
     """
     ### BEGIN SOLUTION
     item_bytes = {
@@ -116,10 +118,10 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
 
 
 ITEM_BYTES = {
-    **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
-    **{"U16": 2, "I16": 2, "F16": 2, "BF16": 2},
-    **{"U32": 4, "I32": 4, "F32": 4},
-    **{"U64": 8, "I64": 8, "F64": 8},
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
 
 
@@ -134,14 +136,14 @@ def entries_of(tensors: list[tuple[str, str, list[int]]]) -> dict[str, dict[str,
 
 
 def packed(header: dict[str, Any] | str | bytes, data: bytes, *, length: int | None = None) -> bytes:
-    """A file of this header (an object, a text, or bytes) and data; `length` is claimed where it is not the header's."""
+    """A file of this header (an object, a text, or bytes) and data; `length` is what it claims, if not the truth."""
     text = json.dumps(header, separators=(",", ":")) if isinstance(header, dict) else header
     raw = text.encode() if isinstance(text, str) else text
     return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
 
 
 class Files:
-    """Files in the judge's process, read by number in an order drawn anew; their names come out when reading is over."""
+    """Files in the judge's process, read by number in a drawn order; their names come out when reading is over."""
 
     calls = ("read", "names")
 
@@ -207,7 +209,7 @@ def outcome(answer, reader):
         return refusal(answer, reader)
     except NotImplementedError:
         raise
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it raises is what is observed
         return type(error).__name__
 
 
@@ -434,7 +436,7 @@ class WrongEntries(Files):
 
 @case(read_header, service=WrongEntries)
 def wrong_entries(answer, rng, files):
-    """Entries with keys missing or values of other types, and metadata of other things than texts, beside an intact file."""
+    """Entries that lack keys or hold other types, and metadata that are not texts, beside an intact file."""
     return outcomes(answer, files)
 
 
