@@ -105,7 +105,6 @@ class ExerciseAudit:
             "excused": self.excused,
             "solution_points": self.solution_points,
             "stub_points": self.stub_points,
-            "problems": self.problems,
         }
 
 
@@ -129,7 +128,12 @@ class AuditReport:
         return killed / tried if tried else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        return {"kill_rate": self.kill_rate, "exercises": [audit.to_json() for audit in self.exercises]}
+        problems = [f"{audit.exercise.name}: {problem}" for audit in self.exercises for problem in audit.problems]
+        return {
+            "kill_rate": self.kill_rate,
+            "exercises": [audit.to_json() for audit in self.exercises],
+            "problems": problems,
+        }
 
     def text(self) -> str:
         """A table and, under it, every problem and which case kills which mistake."""
@@ -266,6 +270,11 @@ def _audit_mistakes(
     engine: Engine, found: ExerciseAudit, verdict: Callable[..., Verdict], seeds: Sequence[int]
 ) -> None:
     e = found.exercise
+    # All of them in whole first: naming then finds every outcome known, and forks for none of its questions.
+    for mistake in e.mistakes.values():
+        for seed in seeds:
+            ours = engine.ours(e, mistake.name)
+            engine.run(e, ours, list(e.items.values()), seed, engine.expected(e, seed))
     for mistake in e.mistakes.values():
         results = [(verdict(engine.ours(e, mistake.name), seed), seed) for seed in seeds]
         alive = [seed for result, seed in results if all(r.agrees for r in result.results)]
