@@ -23,6 +23,7 @@ from llmcourse.engine import Answer, Engine
 from llmcourse.exercise import Exercise, Item, exercise_paths, load
 from llmcourse.judging import Outcome, Verdict, compare, judge
 from llmcourse.mutants import Mutant, mutants
+from llmcourse.worker import parameters
 from llmcourse.zygote import Zygote
 
 MIN_SEEDS = 3
@@ -37,6 +38,18 @@ LAZY_FUNCTIONS = {
     "returns an empty value": "return _empty(_ours(*arguments, **options))",
     "raises": "raise ValueError('no')",
 }
+# Every call gets the argument that the first one was given.
+IGNORING = """
+import inspect as _inspect
+_first = {{}}
+def {name}(*arguments, **options):
+    bound = _inspect.signature(_ours).bind(*arguments, **options)
+    bound.apply_defaults()
+    given = bound.arguments["{parameter}"]
+    bound.arguments["{parameter}"] = _first.setdefault("kept", given)
+    {then}
+    return _ours(*bound.args, **bound.kwargs)
+"""
 LAZY_RESULTS = {
     "does nothing": "None",
     "returns its first argument": "next(iter([*arguments, *options.values()]), None)",
@@ -128,7 +141,9 @@ class AuditReport:
         return killed / tried if tried else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        problems = [f"{audit.exercise.name}: {problem}" for audit in self.exercises for problem in audit.problems]
+        problems = [
+            f"{audit.exercise.name}: {problem}" for audit in self.exercises for problem in audit.problems
+        ]
         return {
             "kill_rate": self.kill_rate,
             "exercises": [audit.to_json() for audit in self.exercises],
@@ -327,6 +342,11 @@ def lazy_answers(exercise: Exercise) -> Iterator[tuple[str, str]]:
             if "_ours(" in body and not _returns(exercise, exercise.name):
                 continue
             yield name, f"{prelude}\ndef {exercise.name}(*arguments, **options):\n    {body}\n"
+        for parameter in parameters(exercise.reference):
+            yield (
+                f"ignores {parameter}",
+                prelude + IGNORING.format(name=exercise.name, parameter=parameter, then=""),
+            )
         return
     methods = {name: part for name, part in vars(exercise.reference).items() if isinstance(part, METHODS)}
     for base in ("_ours", "object"):
@@ -357,11 +377,16 @@ def _returns(exercise: Exercise, function: str) -> bool:
 def _audit_lazy(engine: Engine, found: ExerciseAudit, seed: int, expected: dict[str, Outcome]) -> None:
     e = found.exercise
     for name, text in lazy_answers(e):
-        # One method that does nothing may leave a case untouched; everything else must pass no case at all.
-        partly = name.startswith("method ")
+        # One method that does nothing, or one argument taken for constant, may leave a case untouched; everything
+        # else must pass no case at all.
+        partly = name.startswith(("method ", "ignores "))
         result = judge(engine, e, _replaced(e, text), seed, expected, naming=False)
         passed = [r.item.name for r in result.results if r.item.kind == "case" and r.agrees]
-        if partly and len(passed) == len(e.cases):
+        if (
+            partly
+            and len(passed) == len(e.cases)
+            and not (name.startswith("ignores ") and constant(engine, e, name, seed, expected))
+        ):
             found.problems.append(f"lazy answer '{name}' passes every case")
         elif passed and not partly:
             found.problems.append(f"lazy answer '{name}' passes {', '.join(passed)}")
@@ -370,6 +395,15 @@ def _audit_lazy(engine: Engine, found: ExerciseAudit, seed: int, expected: dict[
     result = judge(engine, e, stolen, seed, expected, naming=False)
     if result.points or result.verdict == "right":
         found.problems.append("the reference imported by name earns points")
+
+
+def constant(engine: Engine, exercise: Exercise, name: str, seed: int, expected: dict[str, Outcome]) -> bool:
+    """Whether the argument that the lazy answer "ignores x" drops has one value in all calls of a run."""
+    refuse = 'if repr(given) != repr(_first["kept"]): raise ValueError("it varies")'
+    text = IGNORING.format(name=exercise.name, parameter=name.removeprefix("ignores "), then=refuse)
+    answer = _replaced(exercise, LAZY_PRELUDE.format(name=exercise.name) + text)
+    result = judge(engine, exercise, answer, seed, expected, naming=False)
+    return all(item.agrees for item in result.results if item.item.kind == "case")
 
 
 def _audit_mutants(

@@ -23,7 +23,7 @@ from llmcourse.zygote import Zygote
 
 MAX_STDERR_CHARS = 400
 READS_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
-PRELOAD = ("torch._dynamo", "optim")
+PRELOAD = ("torch._dynamo", ("optim", "TensorWork"))
 _unfolded: dict[str, int] = {}
 
 
@@ -211,8 +211,9 @@ def check_notebook(path: Path, *, seed: int | None = None, zygote: Zygote | None
     number = seed if seed is not None else _fresh_seed()
     exercises = [find(name) for name in found.names]
     verdicts: dict[str, Verdict] = {}
-    optimizers = any(PRELOAD[1] in exercise.source for exercise in exercises)
-    with Engine(preload=PRELOAD[:1] if optimizers else (), zygote=zygote) as engine:
+    # torch imports its compiler for the first optimizer and for the first counter of operations.
+    compiler = any(word in exercise.source for exercise in exercises for word in PRELOAD[1])
+    with Engine(preload=PRELOAD[:1] if compiler else (), zygote=zygote) as engine:
         for exercise in exercises:
             ours, notes = _ours_for(exercise, verdicts)
             expected = engine.expected(exercise, number)

@@ -406,7 +406,7 @@ class PeakMemory:
         self.pid = os.getpid() if pid is None else pid
         self._peak_bytes: int | None = None
         self._at_most: int | None = None
-        self._start_bytes = 0
+        self._lowest_bytes = 0
         self._highest_bytes = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
@@ -418,7 +418,7 @@ class PeakMemory:
         self._running = True
         if not can_read_memory():
             return
-        self._start_bytes = self._highest_bytes = anonymous_bytes(self.pid)
+        self._lowest_bytes = self._highest_bytes = anonymous_bytes(self.pid)
         self._done.clear()
         self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
         self._thread.start()
@@ -431,7 +431,7 @@ class PeakMemory:
             raise ValueError(f"at_most is a number of bytes, an int of at least 0, not {at_most!r}")
         if not self._end_window():
             return
-        self._peak_bytes = max(self._peak_bytes or 0, self._highest_bytes - self._start_bytes)
+        self._peak_bytes = max(self._peak_bytes or 0, self._highest_bytes - self._lowest_bytes)
         if at_most is not None:
             self._at_most = at_most if self._at_most is None else min(at_most, self._at_most)
 
@@ -456,6 +456,38 @@ class PeakMemory:
         while not finished:
             finished = self._done.wait(SAMPLE_INTERVAL_S)  # the last reading comes after stop was asked for
             try:
-                self._highest_bytes = max(self._highest_bytes, anonymous_bytes(self.pid))
+                now = anonymous_bytes(self.pid)
             except OSError:  # the process ended in the window: what was seen until then stands
                 return
+            self._highest_bytes = max(self._highest_bytes, now)
+            self._lowest_bytes = min(self._lowest_bytes, now)
+
+
+class PeakOfItem(PeakMemory):
+    """`PeakMemory` for a case: one window, from `start()` to the end of the item.
+
+    The measured process can neither close it early nor open another, and memory it gives back inside the
+    window (ballast taken before) counts as taken.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        super().__init__(pid)
+        self._bounds: list[int | None] = []
+        self._began = False
+
+    def start(self) -> None:
+        if self._began:
+            raise RuntimeError("start() was called twice; an item has one window")
+        self._began = True
+        super().start()
+
+    def stop(self, at_most: int | None = None) -> None:
+        """Say the bound; the window stays open until the item ends."""
+        if not self._began or self._bounds:
+            raise RuntimeError("stop() comes once, after start()")
+        self._bounds.append(at_most)
+
+    def counts(self) -> dict[str, tuple[float | None, float | None]]:
+        if self._running and self._bounds:
+            super().stop(self._bounds[0])
+        return super().counts()

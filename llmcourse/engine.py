@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -32,6 +32,7 @@ from llmcourse.judging import (
     limit_s,
     outcome_of,
     saved_by,
+    seen_by,
     together,
 )
 from llmcourse.services import Link
@@ -372,9 +373,7 @@ class Run:
         if service is not None and hasattr(service, "pid"):
             service.pid = self._workers[0].pid
         outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)
-        if service is not None:
-            outcome = replace(outcome, counts=service.counts())
-        return self._explained(outcome)
+        return self._explained(seen_by(service, outcome))
 
     def _service_bytes(self, item: Item) -> int:
         """Room for what a case may send to its service in one call."""

@@ -216,7 +216,7 @@ class InProcess:
                 mutates=exercise.mutates,
                 labels=labels_of(answer),
             )
-        return received(happened, observed, service.counts() if service else {})
+        return seen_by(service, received(happened, observed, {}))
 
     def _ranks(self, exercise: Exercise, answer: Any, item: Item, seeds: tuple[int, int]) -> Outcome:
         link = Link(exercise.ranks)
@@ -288,6 +288,15 @@ def received(happened: Mapping[str, Any], observed: object, counts: Mapping[str,
         return outcome_of(happened, wire.copied(observed), counts)
     except UNSENDABLE as error:
         return outcome_of({**happened, "error": describe_error(error, [])}, None, counts)
+
+
+def seen_by(service: Any, outcome: Outcome) -> Outcome:
+    """The outcome with what a service counted and, where it has `observed(data)`, what it saw for itself."""
+    if service is None:
+        return outcome
+    if outcome.error is None and hasattr(service, "observed"):
+        outcome = replace(outcome, observed=service.observed(outcome.observed))
+    return replace(outcome, counts=service.counts())
 
 
 def outcome_of(happened: Mapping[str, Any], observed: Data, counts: Mapping[str, Any]) -> Outcome:
@@ -369,6 +378,8 @@ def costs_of(item: Item, outcome: Outcome) -> dict[str, tuple[float | None, floa
     ranks = all(key.startswith("rank ") and isinstance(part, dict) for key, part in observed.items())
     for part in observed.values() if ranks else [observed]:
         for name, value in part.items() if isinstance(part, dict) else ():
+            if name == "observed":  # what the answer gave while it was counted: compared, not counted
+                continue
             pair = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
             counted, at_most = _number(pair[0]), _number(pair[1])
             before = counts.get(name, (None, None))[0]
@@ -400,12 +411,24 @@ def compare_costs(item: Item, outcome: Outcome, expected: Outcome) -> ItemResult
             bound = None
         agrees = bound is None or (counted is not None and counted <= bound)
         results.append(CostResult(name, counted, bound, item.authority, agrees))
+    given = [
+        outcome.observed.get("observed") if isinstance(outcome.observed, dict) else None
+        for outcome in (outcome, expected)
+    ]
+    reason = agreement.difference(given[0], given[1])
+    if reason is not None:
+        return ItemResult(item, outcome, False, reason, "cost of another answer", tuple(results))
     bad = next((c for c in results if not c.agrees), None)
     if bad is None:
         return ItemResult(item, outcome, True, costs=tuple(results))
     found = "nothing that could be counted" if bad.counted is None else f"{bad.counted:,.6g}"
     reason = f"{bad.name}: at most {bad.at_most:,.6g}, found {found}"
     return ItemResult(item, outcome, False, reason, f"cost {bad.name}", tuple(results))
+
+
+def _beside(counted: Data) -> Data:
+    """What a cost's item observed of the answer while it was counted: an answer of nothing is cheap."""
+    return counted.get("observed") if isinstance(counted, dict) else None
 
 
 def error_reason(exercise: Exercise, outcome: Outcome) -> str:
@@ -565,9 +588,11 @@ def explains(exercise: Exercise, result: ItemResult, theirs: Outcome, expected: 
     mine = result.outcome
     if mine.error is None and theirs.error is None and not mine.changed and not theirs.changed:
         if result.item.kind == "cost":
-            return (
-                0 if costs_of(result.item, mine) == costs_of(result.item, theirs) else _same(result, compared)
+            same_counts = costs_of(result.item, mine) == costs_of(result.item, theirs)
+            same = (
+                same_counts and agreement.difference(_beside(mine.observed), _beside(theirs.observed)) is None
             )
+            return 0 if same else _same(result, compared)
         observed, given = without_saved(mine.observed), without_saved(theirs.observed)
         if agreement.difference(observed, given, tol=result.item.tol) is None:
             return 0

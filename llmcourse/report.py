@@ -51,6 +51,11 @@ def cost_line(cost: CostResult) -> str:
     return f"{MARK[cost.agrees]} {cost.name}: {found}{bound} ({AUTHORITY[cost.authority]})"
 
 
+def found_when(verdict: Verdict) -> str:
+    """What introduces a mistake: several fit when nothing that was seen tells them apart."""
+    return "This is what you get when:" if len(verdict.mistakes) == 1 else "Probably one of these:"
+
+
 def _shown(verdict: Verdict) -> list[ItemResult]:
     return [] if verdict.verdict == "not attempted" else list(verdict.results)
 
@@ -60,8 +65,7 @@ def text(verdict: Verdict) -> str:
     lines = [headline(verdict)]
     if verdict.verdict == "not attempted" or not verdict.results:
         lines.append(f"  {verdict.reason}")
-    for mistake in verdict.mistakes:
-        lines.append(f"  This is what you get when: {mistake.sentence}")
+    lines += [f"  {found_when(verdict)} {mistake.sentence}" for mistake in verdict.mistakes]
     for result in _shown(verdict):
         if result.item.kind == "case" or (not result.agrees and not result.costs):
             lines.append("  " + case_line(result).replace("\n", "\n  "))
@@ -102,7 +106,7 @@ def html(verdict: Verdict) -> str:
     ]
     if verdict.verdict == "not attempted" or not verdict.results:
         parts.append(f"<div>{escape(verdict.reason)}</div>")
-    parts += [_mistake_html(mistake.sentence) for mistake in verdict.mistakes]
+    parts += [_mistake_html(found_when(verdict), mistake.sentence) for mistake in verdict.mistakes]
     parts += [_item_html(result) for result in _shown(verdict)]
     parts += [f"<div style='{MUTED}'>Note: {escape(note)}</div>" for note in verdict.notes]
     if verdict.results and verdict.verdict == "wrong":
@@ -111,9 +115,9 @@ def html(verdict: Verdict) -> str:
     return "\n".join([*parts, "</div>"])
 
 
-def _mistake_html(sentence: str) -> str:
+def _mistake_html(words: str, sentence: str) -> str:
     style = "margin:.4em 0;padding:.4em .7em;background:var(--jp-layout-color2,#f3f3f3)"
-    return f"<div class='llmcourse-mistake' style='{style}'>This is what you get when: <b>{escape(sentence)}</b></div>"
+    return f"<div class='llmcourse-mistake' style='{style}'>{words} <b>{escape(sentence)}</b></div>"
 
 
 def _item_html(result: ItemResult) -> str:

@@ -1,8 +1,9 @@
 """Services of cases: objects in the judge's process, whose calls are authority because they are counted there.
 
 A service is built from the case's `Rng`. `calls` names the methods a case may call; arguments and results are plain
-data; a builtin exception it raises is raised in the case. `counts()` gives `{name: (counted, at most or None)}`; an
-optional `attributes` dict is readable on the case's side; `stop()` is called when a process that uses it ended.
+data; a builtin exception it raises is raised in the case. `counts()` gives `{name: (counted, at most or None)}`.
+Optional are `attributes`, a dict that is readable on the case's side, and `observed(data)`, which gives, of what
+the case reported, the observations that count: what a service saw is not the worker's to report.
 """
 
 from __future__ import annotations

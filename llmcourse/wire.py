@@ -105,7 +105,8 @@ class Encoder:
         name = str(tensor.dtype).removeprefix("torch.")
         odd = tensor.layout != torch.strided or name not in DTYPES or tensor.device.type == "meta"
         if odd or tensor.is_nested:
-            return ["?", f"a {name} tensor, {tensor.layout}, on {tensor.device.type}".replace("torch.", "")]
+            layout = "" if tensor.layout == torch.strided else f", {tensor.layout}".replace("torch.", "")
+            return ["?", f"a {name} tensor on {tensor.device.type}{layout}"]
         size_bytes = tensor.numel() * tensor.element_size()
         if size_bytes > MAX_TENSOR_BYTES:
             return ["?", f"a {name} tensor {list(tensor.shape)}, too large to be compared"[:MAX_OPAQUE_CHARS]]

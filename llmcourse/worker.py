@@ -43,7 +43,8 @@ from llmcourse.exercise import Rng
 ANSWER_MODULE, CASE_MODULE = "answer", "llmcourse_case"
 MAX_FILE_BYTES, MAX_OPEN_FILES = 2 << 30, 512
 MAX_MESSAGE_CHARS = 500
-MAX_NOTED_CALLS, MAX_NOTED_CHARS = 2, 240
+# A configuration of some dozen values is shown whole: it may be all that an answer was given.
+MAX_NOTED_CALLS, MAX_NOTED_CHARS, MAX_SHOWN_CHARS = 2, 560, 450
 REQUEST_BYTES = 1 << 16
 # What copying observations may raise: no memory for a view that is larger than what it shows, or a text of 20 MB.
 UNSENDABLE = (RuntimeError, MemoryError, wire.ProtocolError)
@@ -89,7 +90,9 @@ def _refuser(dotted: str, original: Any) -> Any:
 
     if isinstance(original, type):
         return type(original.__name__, (), {"__init__": refuse})
-    return functools.wraps(original)(refuse)
+    functools.update_wrapper(refuse, original)
+    del refuse.__wrapped__  # type: ignore[attr-defined]  # which would be the original
+    return refuse
 
 
 def reset(seed: int) -> None:
@@ -113,10 +116,10 @@ def summary(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes"
-    if isinstance(value, dict | list | tuple) and (len(value) > 12 or len(repr(value)) > 60):
+    if isinstance(value, dict | list | tuple) and (len(value) > 16 or len(repr(value)) > MAX_SHOWN_CHARS):
         return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
-    return text if len(text) <= 60 else text[:59] + "…"
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
 
 
 def checksum(value: object) -> object:

@@ -329,6 +329,42 @@ def test_of_several_ranks_the_dearest_counts_whatever_its_number():
     assert costs_of(dear(), Outcome(observed={"rank of the matrix": 3})) == {"rank of the matrix": (3, None)}
 
 
+def test_an_answer_that_gives_something_else_while_it_is_counted_is_not_cheap():
+    ours = {"n": 5, "observed": torch.ones(2)}
+    assert compared(dear(), {"n": 4, "observed": torch.ones(2)}, ours).agrees
+    found = compared(dear(), {"n": 0, "observed": None}, ours)
+    assert not found.agrees and "float32 [2]" in found.reason and [c.name for c in found.costs] == ["n"]
+    assert not compared(dear(), {"n": 0}, ours).agrees
+
+
+def test_what_a_service_saw_replaces_what_the_case_reported():
+    class Witness:
+        calls = ("see",)
+
+        def __init__(self, rng):
+            self.seen = []
+
+        def see(self, value):
+            self.seen.append(value)
+
+        def observed(self, data):
+            return {"told": data, "seen": self.seen}
+
+        def counts(self):
+            return {}
+
+    def shows(value, witness):
+        witness.see(value)
+        return value
+
+    made(shows)
+    case(shows, service=Witness)(
+        named_function("some", lambda answer, rng, witness: answer(rng.integer(1, 9), witness))
+    )
+    assert verdict(shows, shows).verdict == "right"
+    assert verdict(shows, lambda value, witness: value).reason.startswith("some seen: expected [")
+
+
 # ----------------------------------------------------------------------------------------------------- recognition
 
 

@@ -196,8 +196,8 @@ def test_a_checksum_sees_dtype_shape_and_bytes():
         (b"abc", "3 bytes"),
         ([1, 2], "[1, 2]"),
         ([torch.ones(100)] * 50, "a list of 50"),
-        ({"a": "x" * 100}, "a dict of 1"),
-        ("x" * 100, "'" + "x" * 58 + "…"),
+        ({"a": "x" * worker.MAX_SHOWN_CHARS}, "a dict of 1"),
+        ("x" * 5_000, "'" + "x" * (worker.MAX_SHOWN_CHARS - 2) + "…"),
     ],
     ids=["tensor", "bytes", "short list", "tensors", "dict", "text"],
 )

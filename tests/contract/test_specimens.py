@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from llmcourse import auditing, services
-from llmcourse.auditing import AuditReport
+from llmcourse import services
+from llmcourse.auditing import AuditReport, ExerciseAudit, audit, audit_exercise
 from llmcourse.engine import Answer, Engine
 from llmcourse.exercise import Exercise, exercise_paths, find
 from llmcourse.judging import InProcess, expectations, judge
@@ -43,24 +42,23 @@ def specimen(request: pytest.FixtureRequest) -> Exercise:
 
 
 @pytest.fixture(scope="module")
-def sampled() -> AuditReport:
-    """The audit of all six over fresh seeds, with a few of their mutants."""
-    return auditing.audit(["specimens"], mutants=SAMPLED_MUTANTS)
+def engine() -> Iterator[Engine]:
+    with Engine(preload=("torch._dynamo",)) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def whole() -> AuditReport:
     """The audit of all six over fresh seeds, with every mutant."""
-    return auditing.audit(["specimens"])
+    return audit(["specimens"])
 
 
-def proven(report: AuditReport, specimen: Exercise) -> auditing.ExerciseAudit:
-    found = next(one for one in report.exercises if one.exercise is specimen)
-    assert found.problems == [], f"seeds {report.seeds}"
+def assert_proven(found: ExerciseAudit, seeds: Sequence[int]) -> None:
+    specimen = found.exercise
+    assert found.problems == [], f"seeds {seeds}"
     assert found.killed == found.recognised == len(specimen.mistakes) >= 7
     assert found.accepted == len(specimen.alternatives) >= 2
     assert found.solution_points == specimen.points and found.stub_points == 0
-    return found
 
 
 def test_every_specimen_of_the_folder_is_tested():
@@ -68,23 +66,19 @@ def test_every_specimen_of_the_folder_is_tested():
     assert sorted(here) == sorted(SPECIMENS)
 
 
-def test_the_audit_finds_nothing_wrong_over_three_fresh_seeds(sampled, specimen):
-    found = proven(sampled, specimen)
-    assert len(sampled.seeds) == 3
+def test_the_audit_finds_nothing_wrong_over_three_fresh_seeds(engine, specimen, seed):
+    seeds = range(seed, seed + 3)
+    found = audit_exercise(engine, specimen, seeds, SAMPLED_MUTANTS)
+    assert_proven(found, seeds)
     assert found.mutants == SAMPLED_MUTANTS == found.mutants_killed + found.excused
 
 
 @pytest.mark.slow
 def test_every_mechanical_mutant_dies_or_is_excused(whole, specimen):
-    found = proven(whole, specimen)
+    found = next(one for one in whole.exercises if one.exercise is specimen)
+    assert_proven(found, whole.seeds)
     assert found.mutants_killed + found.excused == found.mutants > 10
     assert found.excused == len(specimen.excuses)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    with Engine(preload=("torch._dynamo",)) as started:
-        yield started
 
 
 def as_a_learner(exercise: Exercise, name: str) -> Answer:
@@ -93,13 +87,13 @@ def as_a_learner(exercise: Exercise, name: str) -> Answer:
     return Answer(exercise.name, (("cell", handed_in),), own="cell")
 
 
-def test_the_reference_and_a_named_mistake_get_the_same_verdict_in_and_out_of_process(engine, specimen):
-    seed, inside = secrets.randbits(31), InProcess()
+def test_the_reference_and_a_named_mistake_get_the_same_verdict_in_and_out_of_process(engine, specimen, seed):
+    inside = InProcess()
     outside_expected, inside_expected = engine.expected(specimen, seed), expectations(inside, specimen, seed)
     for name in (specimen.name, SPECIMENS[specimen.name]):
         outside = judge(engine, specimen, as_a_learner(specimen, name), seed, outside_expected)
         here = judge(inside, specimen, inside.ours(specimen, name), seed, inside_expected)
-        assert outside.to_json() == here.to_json(), f"seed {seed}"
+        assert outside.to_json() == here.to_json()
         if name == specimen.name:
             assert (outside.verdict, outside.points) == ("right", specimen.points)
         else:

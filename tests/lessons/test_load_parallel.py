@@ -51,7 +51,7 @@ def test_ticks_are_those_of_the_list_schedule(seed, workers, monkeypatch):
     assert counted == list_schedule(ticks, workers)
     assert at_most is not None and counted <= at_most
     assert counts["reads at once"] == (workers, workers)
-    assert storage.reads_of_each() == [1] * 9
+    assert storage.observed({})["reads of each"] == [1] * 9
     assert counts["shards never read"] == (0, 0)
     assert list(into) == [f"tensor {index}" for index in range(9)]
 

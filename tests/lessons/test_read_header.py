@@ -113,14 +113,15 @@ def test_every_byte_of_a_header_changed_gives_the_library_s_verdict() -> None:
             verdicts.append((accepted(changed), accepted_by_the_library(changed), changed))
     assert {(ours, theirs) for ours, theirs, _ in verdicts} >= {(True, True), (False, False)}
     assert [changed for ours, theirs, changed in verdicts if ours and not theirs] == []
-    # Where the library accepts and we do not, one of the two rules that only the format's text has was broken.
+    # Where the library accepts and we do not, one of the rules that only the format's text has was broken.
     for _, _, changed in [v for v in verdicts if v[1] and not v[0]]:
         text = changed[8 : 8 + int.from_bytes(changed[:8], "little")]
         names: list[list[str]] = []
         json.loads(
             text, object_pairs_hook=lambda pairs, names=names: names.append([n for n, _ in pairs]) or 0
         )
-        assert text[:1] != b"{" or any(len(set(group)) < len(group) for group in names), text
+        framed = text[:1] == b"{" and text.rstrip(b" ")[-1:] == b"}"
+        assert not framed or any(len(set(group)) < len(group) for group in names), text
 
 
 def test_every_truncation_is_refused_as_the_library_refuses_it() -> None:
@@ -134,13 +135,15 @@ SAME_VERDICT = [
     (lesson.EveryType, {}),
     (lesson.WrongLengths, {}),
     (lesson.WrongRanges, {}),
-    (lesson.WrongEntries, {}),
+    (lesson.WrongEntries, {"metadata that is null"}),
     # The format's text forbids these; safetensors 0.8.0 accepts them.
     (
         lesson.WrongTexts,
         {
             "a space before the brace",
             "a line break before the brace",
+            "a line break after the object",
+            "a tab after the object",
             "a name twice",
             "a key twice in the metadata",
         },
@@ -175,14 +178,15 @@ def test_a_claim_beyond_the_file_is_refused_before_it_is_read(claim: int) -> Non
     assert reader.asked == [(0, 8)]
 
 
-def test_files_can_not_be_read_once_their_names_are_out(seed: int) -> None:
+def test_which_file_is_which_never_leaves_the_judge(seed: int) -> None:
     files = lesson.WrongTexts(exercise.Rng(seed))
-    assert len(files.read(0, 0, 4)) in (4, 8)
-    assert sorted(files.names()) == sorted(files.made(exercise.Rng(seed)))
-    with pytest.raises(RuntimeError, match="over"):
-        files.read(0, 0, 4)
+    assert files.calls == ("read",)
+    assert len(files.read(0, 0, 4)) in (0, 4)
+    made = files.made(exercise.Rng(seed))
+    assert files.observed(list(range(len(made)))).keys() == made.keys()
+    assert files.observed([1]) == [1]
     with pytest.raises(TypeError, match="two integers"):
-        lesson.WrongTexts(exercise.Rng(seed)).read(0, -1, 4)
+        files.read(0, -1, 4)
 
 
 def test_an_answer_that_hands_the_file_to_the_library_earns_nothing(seed: int) -> None:

@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, as_completed, wait
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ class Storage:
     while. held: tensors of each shard; ticks: how long each read takes; errors: what a read raises at its end.
     """
 
-    calls = ("read", "most_at_once", "reads_of_each")
+    calls = ("read",)
 
     def __init__(
         self,
@@ -129,13 +130,12 @@ class Storage:
             raise self._errors[shard]
         return self._held[shard]
 
-    def most_at_once(self) -> int:
-        """Largest number of reads that were under way together."""
-        return self._most
-
-    def reads_of_each(self) -> list[int]:
-        """How often each shard was read."""
-        return [self._begun[shard] for shard in self.shards]
+    def observed(self, observed: Any) -> Any:
+        """What the case saw and what was seen here: reads under way together, how often each shard was read."""
+        if not isinstance(observed, dict) or self._errors or "observed" in observed:
+            return observed
+        reads = [self._begun[shard] for shard in self.shards]
+        return {**observed, "reads at once": self._most, "reads of each": reads}
 
     def counts(self) -> dict[str, tuple[float | None, float | None]]:
         """Ticks beside what any order of work on `workers` may take (Graham 1966), and what was read how often."""
@@ -254,10 +254,17 @@ def loads(
     """
     kept = {name: id(tensor) for name, tensor in into.items()}
     changed: list[bool] = []
+    begun: list[str] = []
+    ended_reads: list[str] = []
 
     def watched(shard: str) -> dict[str, Tensor]:
+        begun.append(shard)
         changed.append({name: id(tensor) for name, tensor in into.items()} != kept)
-        return read(shard)
+        try:
+            return read(shard)
+        finally:
+            changed.append({name: id(tensor) for name, tensor in into.items()} != kept)
+            ended_reads.append(shard)
 
     try:
         ended: dict[str, object] = {"returned": answer(watched, list(shards), workers, into)}
@@ -267,7 +274,13 @@ def loads(
         named = [name for name in [*shards, *names] if name in str(error)]
         cause = type(error.__cause__).__name__
         ended = {"raised": type(error).__name__, "cause": cause, "its message names": named}
-    return {"into": list(into.items()), "changed while reading": any(changed), "ended": ended}
+    still_reading = len(begun) - len(ended_reads)
+    return {
+        "into": list(into.items()),
+        "changed while reading": any(changed),
+        "reads that go on afterwards": still_reading,
+        "ended": ended,
+    }
 
 
 def loads_at_once(
@@ -293,8 +306,7 @@ def any_number_of_workers(answer, rng):
 @case(load_parallel, service=slow_first)
 def first_shard_ends_last(answer, rng, storage):
     """The first shard takes longer than all others together."""
-    observed = loads(answer, storage.read, storage.shards, storage.workers, before(rng))
-    return {**observed, "reads at once": storage.most_at_once(), "reads of each": storage.reads_of_each()}
+    return loads(answer, storage.read, storage.shards, storage.workers, before(rng))
 
 
 @case(load_parallel, service=failing_last)
@@ -303,7 +315,6 @@ def last_shard_fails(answer, rng, storage):
     observed = loads(answer, storage.read, storage.shards, storage.workers, before(rng))
     return {
         **observed,
-        "reads of each": storage.reads_of_each(),
         "another": loads_at_once(answer, checkpoint(rng, 3), 2, before(rng)),
     }
 
@@ -326,22 +337,19 @@ def one_name_in_two_shards(answer, rng, storage):
         return tensors
 
     observed = loads(answer, read, storage.shards, storage.workers, before(rng), names)
-    observed |= {"reads at once": storage.most_at_once(), "reads of each": storage.reads_of_each()}
     return {**observed, "another": loads_at_once(answer, checkpoint(rng, 3), 2, before(rng))}
 
 
 @cost(load_parallel, share=1 / 6, authority="protocol", service=uneven)
 def work_is_pulled(answer, rng, storage):
     """Two of the shards take far longer than the others."""
-    answer(storage.read, storage.shards, storage.workers, {})
-    return {}
+    return {"observed": loads(answer, storage.read, storage.shards, storage.workers, before(rng))}
 
 
 @cost(load_parallel, share=1 / 6, authority="protocol", service=failing_early)
 def failure_stops_reading(answer, rng, storage):
     """The second of many shards cannot be read."""
-    loads(answer, storage.read, storage.shards, storage.workers, {})
-    return {}
+    return {"observed": loads(answer, storage.read, storage.shards, storage.workers, before(rng))}
 
 
 # ------------------------------------------------------------------------------------------------------- mistakes
@@ -530,6 +538,39 @@ def shard_not_named(read, shards, workers, into):
         return load_by_pool(read, shards, workers, into)
     except RuntimeError as error:
         raise error.__cause__ or error from None
+
+
+@mistake(load_parallel, "Raises at the first failure and leaves other reads running behind it.")
+def does_not_wait(read, shards, workers, into):
+    pool = ThreadPoolExecutor(workers)
+    futures = {shard: pool.submit(read, shard) for shard in shards}
+    wait(futures.values(), return_when=FIRST_EXCEPTION)
+    done = {shard: ended(future) for shard, future in futures.items() if future.done()}
+    pool.shutdown(wait=False, cancel_futures=True)
+    return put(into, merged(shards, done))
+
+
+@mistake(load_parallel, "Tensors are written once every read has begun, and taken back when one fails.")
+def written_too_early(read, shards, workers, into):
+    kept, lock, begun = dict(into), threading.Lock(), []
+    arrived: dict[str, Tensor] = {}
+
+    def one(shard: str) -> dict[str, Tensor]:
+        with lock:
+            begun.append(shard)
+        found = read(shard)
+        with lock:
+            arrived.update(found)
+            if len(begun) == len(shards):
+                into.update(arrived)
+        return found
+
+    try:
+        return load_by_pool(one, shards, workers, into)
+    except (RuntimeError, ValueError):
+        into.clear()
+        into.update(kept)
+        raise
 
 
 @mistake(load_parallel, "After a failure everything that was handed to the pool is still read.")

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
-from llmcourse.counting import PeakMemory, memory_error_bytes, settle
+from llmcourse.counting import PeakOfItem, memory_error_bytes, settle
 from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
 
 
@@ -127,6 +127,17 @@ class Decoder(nn.Module):
             self.get_parameter(name).requires_grad_(False)
 
 
+class NamedProjections(nn.Module):
+    """Projections under the given names; those of `tied` have one Parameter together."""
+
+    def __init__(self, width: int, names: Sequence[str], tied: Sequence[str]) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, Projection(width))
+        for name in tied[1:]:
+            self.get_submodule(name).weight = self.get_parameter(f"{tied[0]}.weight")
+
+
 HEAD, BLOCKS = ("head.weight", "embed.weight"), ("blocks.0.weight", "blocks.1.weight")
 
 
@@ -194,14 +205,24 @@ def refusal(
 
 @case(load_without_double_memory)
 def tied_weights(answer, rng):
-    """A weight with two names, stored under the first and then under the second."""
+    """A weight with two names, stored under the first and then under the second; then one with three."""
     words, width = sizes(rng)
     observed = {}
     for tied in (HEAD, BLOCKS):
         build = functools.partial(Decoder, words, width, tied)
         for stored in tied:
             observed[stored] = seen(loads(answer, drawn(rng, words, width, tied, stored), build))
-    return observed
+    names = [f"part_{rng.bytes(3).hex()}" for _ in range(4)]
+    three = rng.shuffled(names)[:3]
+    stored = rng.choice(three)
+    held = {
+        f"{name}.weight": rng.normal(width, width) for name in names if name == stored or name not in three
+    }
+    held |= {f"{name}.steps": rng.integers(1, 1000, 2) for name in names}
+    return {
+        **observed,
+        "three": seen(loads(answer, held, functools.partial(NamedProjections, width, names, three))),
+    }
 
 
 @case(load_without_double_memory)
@@ -323,7 +344,7 @@ class Stack(nn.Module):
         )
 
 
-@cost(load_without_double_memory, share=1 / 3, authority="outside", service=lambda rng: PeakMemory())
+@cost(load_without_double_memory, share=1 / 3, authority="outside", service=lambda rng: PeakOfItem())
 def held_once(answer, rng, memory):
     """A file of 32 MiB is loaded and every weight of it is read."""
     values = [float(rng.integer(1, 100)) for _ in range(LARGE_LAYERS)]

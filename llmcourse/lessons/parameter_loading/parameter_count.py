@@ -146,10 +146,11 @@ def biases_asked_for(answer, rng):
 def biases_not_read(answer, rng):
     """A Mistral and the two Qwens with bias keys that their code does not read."""
     mistral, qwen2, qwen3 = (configuration(rng, family) for family in ("mistral", "qwen2", "qwen3"))
-    both = {"attention_bias": True, "mlp_bias": True}
+    both, neither = ({"attention_bias": value, "mlp_bias": value} for value in (True, False))
     return {
         "mistral": answer({**mistral, **both}),
         "qwen2": answer({**qwen2, **both}),
+        "qwen2 told to have none": answer({**qwen2, **neither}),
         "qwen3": answer({**qwen3, **both}),
     }
 
@@ -169,13 +170,14 @@ def other_families(answer, rng):
 def nothing_built(answer, rng):
     """Counts without allocating what it counts."""
     config = configuration(rng, "llama")
-    answer(config)  # whatever an answer imports on its first call is not counted
+    answer(configuration(rng, "llama"))  # whatever an answer imports on its first call is not counted
     tracemalloc.start()
     with TensorWork() as work:
-        answer(config)
+        count = answer(config)
     python_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {
+        "observed": count,
         "bytes of tensors": (work.allocated_bytes, 0),
         "bytes of Python and numpy": (python_bytes, 65_536),
     }

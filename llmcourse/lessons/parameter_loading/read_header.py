@@ -22,6 +22,8 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
         "safetensors.safe_open",
         "safetensors.torch.load",
         "safetensors.numpy.load",
+        "safetensors._safetensors_rust.deserialize",
+        "safetensors._safetensors_rust.safe_open",
     ),
     hints=(
         "Trust nothing: compare the header's length with the file's size before you read it, and let the byte ranges, "
@@ -38,11 +40,11 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     at [start, end) counted from the first byte of the *file*. `__metadata__` is not a tensor.
 
     The file is 8 bytes N (unsigned, little-endian), N bytes of header, then the data up to the end of the file. The
-    header is a JSON object in UTF-8 whose first byte is `{`; spaces may follow it. It holds {name: {"dtype": ...,
-    "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from the first byte of the data,
-    and may hold `__metadata__`, an object whose values are strings. The ranges cover all the data: no gap, no
-    overlap, nothing left over. shape [] is one value; a 0 in a shape means no values and no bytes; no tensor at all
-    is allowed.
+    header is a JSON object in UTF-8 whose first byte is `{`; spaces, and nothing else, may follow it. It holds
+    {name: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from the
+    first byte of the data, and may hold `__metadata__`, an object whose values are strings. The ranges cover all
+    the data: no gap, no overlap, nothing left over. shape [] is one value; a 0 in a shape means no values and no
+    bytes; no tensor at all is allowed.
 
     Bytes a value: 1 for BOOL U8 I8 F8_E4M3 F8_E5M2, 2 for U16 I16 F16 BF16, 4 for U32 I32 F32, 8 for U64 I64 F64.
 
@@ -78,8 +80,8 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     if data_start > reader.size_bytes:
         raise ValueError(f"the header ends at byte {data_start} of a file of {reader.size_bytes}")
     text = reader.read(8, data_start - 8).decode("utf-8")
-    if not text.startswith("{"):
-        raise ValueError("the header does not begin with {")
+    if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
+        raise ValueError("the header is not one object, from { to }, with spaces behind it")
     try:
         header = json.loads(text, object_pairs_hook=distinct)
     except RecursionError:
@@ -143,16 +145,15 @@ def packed(header: dict[str, Any] | str | bytes, data: bytes, *, length: int | N
 
 
 class Files:
-    """Files in the judge's process, read by number in a drawn order; their names come out when reading is over."""
+    """Files in the judge's process, read by number in a drawn order; their names stay there."""
 
-    calls = ("read", "names")
+    calls = ("read",)
 
     def __init__(self, rng: Rng) -> None:
         files = self.made(rng)
         self._names = rng.shuffled(files)
         self._files = [files[name] for name in self._names]
         self._lock = threading.Lock()
-        self._over = False
         self.read_bytes = self.largest_read_bytes = 0
         self.sizes = [len(file) for file in self._files]
         self.attributes = {"sizes": self.sizes}
@@ -166,18 +167,17 @@ class Files:
         if not all(type(value) is int and value >= 0 for value in (number, offset, count)):
             raise TypeError(f"read({offset!r}, {count!r}): expected two integers of at least 0")
         with self._lock:
-            if self._over:
-                raise RuntimeError("reading is over")
             found = self._files[number][offset : offset + count]
             self.read_bytes += len(found)
             self.largest_read_bytes = max(self.largest_read_bytes, count)
         return found
 
-    def names(self) -> list[str]:
-        """End reading and name the files in their order."""
-        with self._lock:
-            self._over = True
-        return self._names
+    def observed(self, observed: Any) -> Any:
+        """The list of outcomes by the files' names, which never leave this process."""
+        if isinstance(observed, dict):  # a cost's
+            return {key: self.observed(part) for key, part in observed.items()}
+        fits = isinstance(observed, list) and len(observed) == len(self._names)
+        return dict(zip(self._names, observed, strict=True)) if fits else observed
 
     def counts(self) -> dict[str, tuple[float | None, float | None]]:
         return {}
@@ -214,9 +214,8 @@ def outcome(answer, reader):
 
 
 def outcomes(answer, files, one=outcome):
-    """What is returned or raised for each file, by the file's name."""
-    found = [one(answer, Reader(files, number)) for number in range(len(files.sizes))]
-    return dict(zip(files.names(), found, strict=True))
+    """What is returned or raised for each file, in their order."""
+    return [one(answer, Reader(files, number)) for number in range(len(files.sizes))]
 
 
 def intact(rng: Rng) -> tuple[dict[str, dict[str, Any]], bytes]:
@@ -265,13 +264,21 @@ class ScalarsAndNothing(Files):
 
     def made(self, rng: Rng) -> dict[str, bytes]:
         width = rng.integer(2, 9)
-        scalar, vector = ("step", "I64", []), ("weight", "F16", [width, 3])
+        scalar: tuple[str, str, list[int]] = ("step", "I64", [])
+        vector = ("weight", "F16", [width, 3])
         none = [("none", "F32", [0]), ("no_rows", "F64", [0, width]), ("no_columns", "BF16", [width, 0, 2])]
         size = 8 + 6 * width
         mixed = rng.shuffled([scalar, vector, *none])
         return {
             "scalars": packed(entries_of([scalar, ("scale", "F32", []), vector]), rng.bytes(size + 4)),
             "empty tensors": packed(entries_of(mixed), rng.bytes(size)),
+            "an empty tensor where another begins": packed(
+                {
+                    "weight": {"dtype": "U8", "shape": [width], "data_offsets": [0, width]},
+                    "none": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+                },
+                rng.bytes(width),
+            ),
             "no data": packed(entries_of(none), b""),
             "no tensors": packed({}, b""),
             "only metadata": packed({"__metadata__": {"width": str(width)}}, b""),
@@ -332,19 +339,21 @@ class WrongRanges(Files):
         wrapped = {"dtype": "U8", "shape": [1 << 32, 1 << 32], "data_offsets": [last[1], last[1]]}
         huge = {"dtype": "U8", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 1 << 80]}
         inside = {"dtype": "F32", "shape": [0], "data_offsets": [last[0] + 4, last[0] + 4]}
+        # Names that look like any other tensor's: what is wrong is in the numbers.
+        name = f"layers.{rng.integer(10, 99)}.weight"
         return {
             "intact": packed(entries, data),
             "a byte left over": packed(entries, data + b"\0"),
             "a gap before the last tensor": packed(gap, data + bytes(4)),
             "a gap before the first tensor": packed(late, data + bytes(4)),
-            "two tensors over the same bytes": packed({**entries, "again": {**entries[names[-1]]}}, data),
+            "two tensors over the same bytes": packed({**entries, name: {**entries[names[-1]]}}, data),
             "an overlap of one byte": packed({"a": same, "b": {**same, "data_offsets": [2, 5]}}, bytes(5)),
-            "no values, inside another tensor": packed({**entries, "inside": inside}, data),
+            "no values, inside another tensor": packed({**entries, name: inside}, data),
             "a range longer than the shape": packed({"a": {**same, "shape": [2]}}, bytes(3)),
             "a range shorter than the shape": packed(apart, bytes(6)),
             "a range that runs backwards": packed(back, bytes(3)),
-            "2^64 values in no bytes": packed({**entries, "wrapped": wrapped}, data),
-            "2^80 values": packed({"huge": huge}, data),
+            "2^64 values in no bytes": packed({**entries, name: wrapped}, data),
+            "2^80 values": packed({name: huge}, data),
             "the data's end beyond the file": packed(entries, data[:-1]),
         }
 
@@ -373,6 +382,9 @@ class WrongTexts(Files):
             "not UTF-8": packed(text.replace("layers", "läyers").encode("latin-1"), data),
             "not JSON": packed(text.replace(":", "=", 1), data),
             "something after the object": packed(text + " {}", data),
+            "a line break after the object": packed(text + "\n", data),
+            "a tab after the object": packed(text + "\t ", data),
+            "spaces after the object": packed(text + "  ", data),
             "an array": packed(f"[{text}]", data),
             "no header at all": packed(b"", b""),
             "a name twice": packed(twice, data),
@@ -380,7 +392,7 @@ class WrongTexts(Files):
             "a key twice in the metadata": packed(
                 f'{{"__metadata__": {{"a": "{words}", "a": "{words}"}}, {text[1:]}', data
             ),
-            "nested too deeply": packed('{"a":' + "[" * 100_000, b""),
+            "nested too deeply": packed('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", b""),
         }
 
 
@@ -429,6 +441,7 @@ class WrongEntries(Files):
             "a negative offset": packed({"a": tail | {"shape": [2], "data_offsets": [-1, 1]}}, b"\1"),
             "metadata with a number": packed({"__metadata__": {"step": end}, **entries}, data),
             "metadata with an object": packed({"__metadata__": tail, **entries}, data),
+            "metadata that is null": packed({"__metadata__": None, **entries}, data),
             "metadata that is a text": packed({"__metadata__": "pt", **entries}, data),
             "metadata that is a list": packed({"__metadata__": ["pt"], **entries}, data),
         }
@@ -455,8 +468,7 @@ class LargeFile(Files):
 @cost(read_header, share=1 / 6, authority="protocol", service=LargeFile)
 def only_the_header(answer, rng, files):
     """Reads the 8 bytes and the header, not the data."""
-    outcomes(answer, files)
-    return {}
+    return {"observed": outcomes(answer, files)}
 
 
 class HugeClaims(WrongLengths):
@@ -474,8 +486,7 @@ class HugeClaims(WrongLengths):
 @cost(read_header, share=1 / 6, authority="protocol", service=HugeClaims)
 def never_more_than_the_file(answer, rng, files):
     """Asks for no more bytes than the file holds, whatever its first 8 bytes claim."""
-    outcomes(answer, files)
-    return {}
+    return {"observed": outcomes(answer, files)}
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -501,7 +512,7 @@ class Parsing:
         return self.reader.read(8, length)
 
     def text(self, raw: bytes) -> str | bytes:
-        if raw[:1] != b"{":
+        if raw[:1] != b"{" or raw.rstrip(b" ")[-1:] != b"}":
             raise ValueError("start")
         return raw.decode()
 

@@ -28,41 +28,45 @@ INDEX = "model.safetensors.index.json"
     points=4,
     minutes=16,
     hints=(
-        "A reader trusts the index, so replacing the index is the moment the new checkpoint begins: before it, nothing that the "
-        "old index names may change; after it, nothing that the new one names may be missing.",
-        "Shards named 00001-of-00003 overwrite those of the last save. And a rename may reach the disk before the bytes "
-        "it names: sync the file first, then rename, then sync the folder.",
+        "A reader trusts the index, so replacing the index is the moment the new checkpoint begins: before it, nothing "
+        "that the old index names may change; after it, nothing that the new one names may be missing.",
+        "Shards named 00001-of-00003 overwrite those of the last save. And a rename may reach the disk before the "
+        "bytes it names: sync the file first, then rename, then sync the folder.",
     ),
 )
 def save_sharded(tensors: dict[str, Tensor], folder: str, max_bytes: int) -> list[str]:
-    """Save tensors as safetensors shards with an index, so that a crash leaves the old checkpoint or the new one; about 50 lines.
+    """Save tensors as safetensors shards with an index, so that a crash leaves the old checkpoint or the new one;
+    about 50 lines.
 
-    N shards: model-00001-of-0000N.safetensors, or with a tag of yours (a-z, 0-9), model-TAG-00001-of-0000N.safetensors;
-    a shard holds the bytes of safetensors.torch.save(part, metadata={"format": "pt"}). Then the index, the file
-    model.safetensors.index.json: {"metadata": {"total_size": ..., "tied": {...}}, "weight_map": {name: shard}}. Returns the
-    shards' names in their order. tensors has one tensor or more.
+    N shards: model-00001-of-0000N.safetensors, or with a tag of yours (a-z, 0-9),
+    model-TAG-00001-of-0000N.safetensors; a shard holds the bytes of safetensors.torch.save(part,
+    metadata={"format": "pt"}). Then the index, the file model.safetensors.index.json: {"metadata": {"total_size":
+    ..., "tied": {...}}, "weight_map": {name: shard}}. Returns the shards' names in their order. tensors has one
+    tensor or more.
 
     Shards. A file has at most max_bytes, header included; only a tensor too large for that gets a larger file, alone.
     There are no more shards than first-fit makes (names in sorted order, each into the first shard with room) with
     files of at most 0.9 · max_bytes. total_size is the bytes of all tensors saved, without headers. The order of the
     dict does not matter: saved into an empty folder, the same tensors give the same files, byte for byte.
 
-    Memory. Tensors with the same data_ptr(), dtype, shape and stride, and at least one value, are tied: saved once, under
-    the name that sorts first; "tied" maps each other name to that one, and weight_map leaves the others out. Equal
-    values alone tie nothing. Every other view, contiguous or not, is saved with its own values and no others.
+    Memory. Tensors with the same data_ptr(), dtype, shape and stride, and at least one value, are tied: saved once,
+    under the name that sorts first; "tied" maps each other name to that one, and weight_map leaves the others out.
+    Equal values alone tie nothing. Every other view, contiguous or not, is saved with its own values and no others.
 
-    Crash. The folder exists, and may hold a checkpoint (complete, or of a save that was interrupted) and other files. A reader opens
-    the index, then the shards it names, nothing else. Whenever the process or the machine stops, it must find the old checkpoint
-    complete (or no index, if there was none) or the new one complete. os.replace is atomic. Bytes written are safe
-    from a power cut once os.fsync (called by that name) was called on the file; names created, replaced or removed once it was called on the
-    folder (a descriptor of os.open(folder, os.O_RDONLY)); until then any of them may be lost, in any order.
+    Crash. The folder exists, and may hold a checkpoint (complete, or of a save that was interrupted) and other
+    files. A reader opens the index, then the shards it names, nothing else. Whenever the process or the machine
+    stops, it must find the old checkpoint complete (or no index, if there was none) or the new one complete.
+    os.replace is atomic. Bytes written are safe from a power cut once os.fsync (called by that name) was called on
+    the file; names created, replaced or removed once it was called on the folder (a descriptor of os.open(folder,
+    os.O_RDONLY)); until then any of them may be lost, in any order.
 
-    Names that end in .tmp are yours to use, for files in the folder itself. At the end no other model-*.safetensors and no *.tmp
-    is left in it, all other files are as they were, and every descriptor you opened is closed.
+    Names that end in .tmp are yours to use, for files in the folder itself. At the end no other model-*.safetensors
+    and no *.tmp is left in it, all other files are as they were, and every descriptor you opened is closed.
     """
     ### BEGIN SOLUTION
     kept: dict[str, Tensor] = {}
-    tied, owner = {}, {}
+    tied: dict[str, str] = {}
+    owner: dict[Any, str] = {}
     for name, tensor in sorted(tensors.items()):
         place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and place in owner:
@@ -133,14 +137,16 @@ CHANGES = ("open", "os.rename", "os.remove", "os.link", "os.symlink", "os.trunca
 
 
 def heard(event, arguments):
-    """Audit hook: hand an event to whoever records. A hook cannot be taken out again; without recorders it does nothing."""
+    """Audit hook: hand an event to whoever records. A hook cannot be taken out again; without recorders it does
+    nothing."""
     if event in CHANGES:
         for recorder in RECORDERS:
             recorder.heard(event, arguments)
 
 
 class Recorder:
-    """A folder before each change of a name in it, at each os.fsync and at the end, from inside the process that changes it.
+    """A folder before each change of a name in it, at each os.fsync and at the end, from inside the process that
+    changes it.
 
     moments: [event, [(name, file, content), ...]]: event is "change", "names synced" or "synced FILE"; files and
     contents are numbers in the order in which they were first seen. contents: [bytes]. os.fsync does nothing else here.
@@ -225,7 +231,8 @@ class Recorder:
 def recorded(answer, folder, tensors, max_bytes, tied=None, others=()):
     """One save with every moment of it, and what a judge needs of its inputs.
 
-    That is [(name, values)], [(name, the name it is tied to)] and [(name, bytes)] of files that are not the checkpoint's.
+    That is [(name, values)], [(name, the name it is tied to)] and [(name, bytes)] of files that are not the
+    checkpoint's.
     """
     with Recorder(folder) as recorder:
         returned = answer(tensors, folder, max_bytes)
@@ -380,8 +387,9 @@ def crashes(moments: list[Moment]) -> Iterator[tuple[str, dict[str, int | None]]
     for event, seen in moments:
         names = {name: file for name, file, _ in seen}
         contents.update((file, content) for _, file, content in seen)
-        changed = {n: names.get(n) for n in {**now, **names} if now.get(n) != names.get(n)}
-        pending, now = pending + ([changed] if changed else []), names
+        changed = {n: names.get(n) for n in sorted({**now, **names}) if now.get(n) != names.get(n)}
+        # A name each: what nobody saw happen at once (renames outside Python) need not reach the disk at once.
+        pending, now = pending + [{n: file} for n, file in changed.items()], names
         yield "the process stops", {name: contents[file] for name, file in names.items()}
         whole = {
             file: content if safe_contents.get(file) == content else None
@@ -437,9 +445,22 @@ def judge_crash(observed: Any, expected: Any) -> str | None:
     return problem or checkpoint_problem(files, observed["returned"], expected)
 
 
+def folder_at(recorded: Any, moment: int) -> dict[str, bytes]:
+    """The files of one moment of a record."""
+    return {name: recorded["contents"][content] for name, _, content in recorded["moments"][moment][1]}
+
+
 def judge_crashes(observed: Any, expected: Any) -> str | None:
     """Judge of a case that recorded several saves."""
+    end = None
     for name, wanted in expected.items():
+        # A record may be of any length, and its first moment is the folder that the save was given.
+        if len(observed[name]["moments"]) > 10 * len(wanted["moments"]):
+            return "the save is in more steps than can be judged"
+        begin = folder_at(wanted, 0) if end is None or name.startswith("over") else end
+        if folder_at(observed[name], 0) != begin:
+            return "what was recorded does not begin with the folder as it was"
+        end = folder_at(observed[name], -1)
         problem = judge_crash(observed[name], wanted)
         if problem is not None:
             return f"{name}: {problem}"
@@ -553,7 +574,8 @@ def over_an_old_checkpoint(answer, rng):
 
 @case(save_sharded, judge=judge_crashes, free_shapes=True)
 def over_another_program_s(answer, rng):
-    """A crash at any moment of a save over another program's shards, more or fewer, with an interrupted save's leftovers."""
+    """A crash at any moment of a save over another program's shards, more or fewer, with an interrupted save's
+    leftovers."""
     max_bytes = rng.integer(3_500, 4_500)
     observed = {}
     for old_count, new in (("4", layers(rng, 5)), ("1", layers(rng, 6))):
@@ -582,9 +604,8 @@ def bytes_written(answer, rng):
     """Writes every tensor once, and closes what it opens."""
     tensors = layers(rng, 6, low=15_000, high=20_000)
     payload = sum(tensor.nbytes for tensor in tensors.values())
-    with tempfile.TemporaryDirectory() as folder:
-        with Recorder(folder) as recorder:
-            answer(tensors, folder, payload // 3)
+    with tempfile.TemporaryDirectory() as folder, Recorder(folder) as recorder:
+        answer(tensors, folder, payload // 3)
     written = {"bytes written": (sum(recorder.sizes.values()), payload * 101 // 100)}
     return {**written, "synced descriptors left open": (recorder.left_open, 0)}
 
@@ -1008,5 +1029,10 @@ def all_shards_first(tensors, folder, max_bytes):
 excuse(
     save_sharded,
     "most_bytes([*shard, name]) <= max_bytes -> most_bytes([*shard, name]) < max_bytes",
-    "most_bytes is an upper bound: the file it would keep out is some bytes below max_bytes, far above nine tenths of it",
+    "most_bytes is an upper bound: the file it would keep out is just below max_bytes, far above nine tenths of it",
+)
+excuse(
+    save_sharded,
+    "save({}, metadata={'format': 'pt'}) -> save({})",
+    "the bound is some 40 bytes lower and still one: the longest type name and offsets leave more room than that",
 )
