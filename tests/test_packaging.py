@@ -260,7 +260,8 @@ class Clone:
         outside = {
             name: value
             for name, value in os.environ.items()
-            if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+            # A make around this one hands down its variables.
+            if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "AUDIT", "PYTEST", "LAB")
         }
         command = [needed("make"), "PYTHON=./python", *arguments]
         environment = {**outside, "FAIL": fail or "nothing at all"}
