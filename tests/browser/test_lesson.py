@@ -56,7 +56,8 @@ def lesson(page: Any, lab: Lab) -> Any:
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     # Cells run only once the kernel has answered.
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=120_000)
-    run(page, cell(page, "from llmcourse import check"))
+    for imports in ("from llmcourse import check", "from llmcourse import counting"):
+        run(page, cell(page, imports))
     return page
 
 
