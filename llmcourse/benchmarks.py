@@ -23,6 +23,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROUNDS = 15
 RESAMPLES = 2_000
+MISTAKES = 4
 CHECKPOINT_BYTES = 500 << 20
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -253,13 +254,14 @@ def items_seconds(topic: str) -> float:
 
 
 def check_seconds(repeats: int) -> list[float]:
-    """Seconds of `check` in a notebook's process: every exercise, answered by each alternative and each mistake."""
+    """Seconds of `check` in a notebook's process: every exercise, answered by its alternatives and by some mistakes."""
     from llmcourse.auditing import exercises_of
     from llmcourse.judging import InProcess, expectations, judge
 
     runner, seconds = InProcess(), []
     for exercise in exercises_of([]):
-        answers = [*exercise.alternatives, *exercise.mistakes]
+        wrong = random.Random(0).sample(list(exercise.mistakes), k=min(MISTAKES, len(exercise.mistakes)))
+        answers = [*exercise.alternatives, *wrong]
         for seed in range(repeats):
             for name in answers:
                 began = time.perf_counter()
@@ -271,11 +273,9 @@ def check_seconds(repeats: int) -> list[float]:
 
 
 def checking_rows() -> Iterator[Row]:
-    seconds = sorted(check_seconds(repeats=2))
+    seconds = sorted(check_seconds(repeats=1))
     p95 = quantiles(seconds, n=20)[-1]
-    measured = (
-        f"p50 {median(seconds):.2f} s, p95 {p95:.2f} s of {len(seconds)} (every alternative and mistake)"
-    )
+    measured = f"p50 {median(seconds):.2f} s, p95 {p95:.2f} s of {len(seconds)} (alternatives and {MISTAKES} mistakes each)"
     yield Row("check of an exercise in a notebook", measured, "p95 ≤ 1 s", p95 <= 1.0)
 
 
