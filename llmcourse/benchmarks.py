@@ -254,7 +254,7 @@ def items_seconds(topic: str) -> float:
 
 
 def check_seconds(repeats: int) -> list[float]:
-    """Seconds of `check` in a notebook's process: every exercise, answered by its alternatives and by some mistakes."""
+    """Seconds of `check` in a notebook's process: every exercise, by its alternatives and some mistakes."""
     from llmcourse.auditing import exercises_of
     from llmcourse.judging import InProcess, expectations, judge
 
@@ -275,7 +275,7 @@ def check_seconds(repeats: int) -> list[float]:
 def checking_rows() -> Iterator[Row]:
     seconds = sorted(check_seconds(repeats=1))
     p95 = quantiles(seconds, n=20)[-1]
-    measured = f"p50 {median(seconds):.2f} s, p95 {p95:.2f} s of {len(seconds)} (alternatives and {MISTAKES} mistakes each)"
+    measured = f"p50 {median(seconds):.2f} s, p95 {p95:.2f} s of {len(seconds)} (right, and {MISTAKES} mistakes each)"
     yield Row("check of an exercise in a notebook", measured, "p95 ≤ 1 s", p95 <= 1.0)
 
 

@@ -116,8 +116,11 @@ def summary(value: object) -> str:
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if isinstance(value, bytes | bytearray):
         return f"{len(value)} bytes"
-    if isinstance(value, dict | list | tuple) and (len(value) > 16 or len(repr(value)) > MAX_SHOWN_CHARS):
-        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, dict | list | tuple):
+        parts = value.values() if isinstance(value, dict) else value
+        # The length first, and scalars only: printing tensors costs more than most answers.
+        if len(value) > 16 or not all(isinstance(part, int | float | str | None) for part in parts):
+            return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
 
