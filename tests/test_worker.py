@@ -196,10 +196,11 @@ def test_a_checksum_sees_dtype_shape_and_bytes():
         (b"abc", "3 bytes"),
         ([1, 2], "[1, 2]"),
         ([torch.ones(100)] * 50, "a list of 50"),
-        ({"a": "x" * worker.MAX_SHOWN_CHARS}, "a dict of 1"),
+        ({"a": "x" * worker.MAX_SHOWN_CHARS}, "{'a': '" + "x" * (worker.MAX_SHOWN_CHARS - 8) + "…"),
+        ({"a": torch.ones(3)}, "a dict of 1"),
         ("x" * 5_000, "'" + "x" * (worker.MAX_SHOWN_CHARS - 2) + "…"),
     ],
-    ids=["tensor", "bytes", "short list", "tensors", "dict", "text"],
+    ids=["tensor", "bytes", "short list", "tensors", "long dict", "dict of a tensor", "text"],
 )
 def test_an_argument_is_shown_in_a_few_words(value, shown):
     assert summary(value) == shown
