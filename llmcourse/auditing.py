@@ -302,6 +302,16 @@ def _audit_mistakes(
         found.killed_by[mistake.name] = {
             r.item.name for result, _ in results for r in result.results if not r.agrees
         }
+        unsaid = sorted(found.killed_by[mistake.name] - (mistake.fails or found.killed_by[mistake.name]))
+        if unsaid:
+            found.problems.append(
+                f"mistake {mistake.name} also fails {', '.join(unsaid)}: add to its `fails`"
+            )
+        unknown = sorted((mistake.fails or frozenset()) - set(e.items))
+        if unknown:
+            found.problems.append(
+                f"mistake {mistake.name}: `fails` has {', '.join(unknown)}, no item of {e.name}"
+            )
         if alive:
             found.problems.append(f"mistake {mistake.name} passes on seed {alive[0]}")
         elif misnamed:
@@ -366,7 +376,7 @@ def lazy_answers(exercise: Exercise) -> Iterator[tuple[str, str]]:
 
 def _returns(exercise: Exercise, function: str) -> bool:
     """Whether the reference, or a method of it, returns anything: only then is another result another answer."""
-    tree = ast.parse(source.definition(exercise.source, exercise.name, exercise.path))
+    tree = source.parse(source.definition(exercise.source, exercise.name, exercise.path))
     return any(
         isinstance(part, ast.Return) and part.value is not None
         for node in ast.walk(tree)

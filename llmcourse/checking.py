@@ -7,9 +7,11 @@ import contextlib
 import dis
 import io
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
@@ -23,7 +25,7 @@ from llmcourse.zygote import Zygote
 
 MAX_STDERR_CHARS = 400
 READS_OF_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
-PRELOAD = ("torch._dynamo", ("optim", "TensorWork"))
+COMPILER, OPTIMIZER = "torch._dynamo", re.compile(r"\boptim\b")
 _unfolded: dict[str, int] = {}
 
 
@@ -211,14 +213,26 @@ def check_notebook(path: Path, *, seed: int | None = None, zygote: Zygote | None
     number = seed if seed is not None else _fresh_seed()
     exercises = [find(name) for name in found.names]
     verdicts: dict[str, Verdict] = {}
-    # torch imports its compiler for the first optimizer and for the first counter of operations.
-    compiler = any(word in exercise.source for exercise in exercises for word in PRELOAD[1])
-    with Engine(preload=PRELOAD[:1] if compiler else (), zygote=zygote) as engine:
-        for exercise in exercises:
-            ours, notes = _ours_for(exercise, verdicts)
-            expected = engine.expected(exercise, number)
-            verdict = judge(engine, exercise, found.answer(exercise.name, ours), number, expected)
-            verdicts[exercise.name] = _with_notes(verdict, notes)
+    # torch imports its compiler for the first optimizer: once here, or in every worker.
+    preload = [COMPILER] if any(OPTIMIZER.search(exercise.source) for exercise in exercises) else []
+    shared = Zygote() if zygote is None else zygote
+    with (
+        Engine(zygote=shared, preload=preload) as engine,
+        Engine(zygote=shared) as ahead,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        # While one exercise is judged, the reference of the next is run.
+        coming = {exercise.name: pool.submit(ahead.expected, exercise, number) for exercise in exercises}
+        try:
+            for exercise in exercises:
+                ours, notes = _ours_for(exercise, verdicts)
+                answer = found.answer(exercise.name, ours)
+                verdict = judge(engine, exercise, answer, number, coming[exercise.name].result())
+                verdicts[exercise.name] = _with_notes(verdict, notes)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            shared.close()  # ends the workers that the pool waits for
+            raise
     return NotebookVerdict(str(path), tuple(verdicts.values()), found.notes)
 
 

@@ -143,6 +143,11 @@ class TensorWork(TorchDispatchMode):
     def uncounted(self) -> tuple[str, ...]:
         return tuple(sorted(self._uncounted))
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch imports its compiler, for 1.5 s, at the first operation that is counted.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(_unwraps_itself(kind) for kind in types):

@@ -149,11 +149,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A wrong answer people give, with the misconception in one sentence."""
+    """A wrong answer people give, with the misconception in one sentence; `fails` names the items it can fail."""
 
     name: str
     sentence: str
     function: Callable[..., Any]
+    fails: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -355,13 +356,21 @@ def cost(
     return register
 
 
-def mistake(reference: Callable[..., Any], sentence: str) -> Callable[[F], F]:
-    """Add a wrong answer people give; `sentence` is the misconception, as the report will name it."""
+def mistake(
+    reference: Callable[..., Any], sentence: str, *, fails: Sequence[str] | None = None
+) -> Callable[[F], F]:
+    """Add a wrong answer people give; `sentence` is the misconception, as the report will name it.
+
+    fails: the cases and costs it can fail, on any seed. Said where items are slow, it spares a check from trying the
+    mistake on all of them; the audit holds it to what is seen.
+    """
 
     def register(function: F) -> F:
         found = of(reference)
         found.check_new(function.__name__)
-        found.mistakes[function.__name__] = Mistake(function.__name__, sentence, function)
+        found.mistakes[function.__name__] = Mistake(
+            function.__name__, sentence, function, None if fails is None else frozenset(fails)
+        )
         return function
 
     return register

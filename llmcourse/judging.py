@@ -8,6 +8,7 @@ mistake that explains what failed. References, seeds and comparison never enter 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import threading
 import traceback
 import warnings
@@ -539,39 +540,64 @@ def recognise(
     seed: int,
     expected: Mapping[str, Outcome],
 ) -> tuple[Mistake, ...]:
-    """Mistakes that best explain every failed item: same data, then same complaint, then fewest other failures."""
-    failed = [result for result in results if not result.agrees]
-    wanted = with_earlier_phases(exercise, [result.item for result in failed])
-    quickest = min(failed, key=lambda result: expected[result.item.name].seconds)
-    ranked: list[tuple[tuple[int, int], Mistake]] = []
-    for mistake in exercise.mistakes.values():
-        answer = runner.ours(exercise, mistake.name)
-        # Most mistakes do not explain the quickest of the failed items, and need not be run on the others.
-        tried = runner.run(exercise, answer, with_earlier_phases(exercise, [quickest.item]), seed, expected)
-        name = quickest.item.name
-        if name not in tried or explains(exercise, quickest, tried[name], expected[name]) is None:
+    """Mistakes that best explain what failed: same data, then same complaint, then fewest other differences.
+
+    A mistake must explain every failed case; every failed cost only where no case failed. Best first: the cheapest
+    items are run before the others, and only for mistakes that could still come out on top.
+    """
+    failed = {result.item.name: result for result in results if not result.agrees}
+    must = {name for name, result in failed.items() if result.item.kind == "case"} or set(failed)
+    items = cheapest_first(exercise, expected)
+    mistakes = list(exercise.mistakes.values())
+    # (complaints that are only alike, other differences), items left (the furthest first), which mistake
+    open_: list[tuple[tuple[int, int], int, int]] = []
+    left_of: list[list[Item]] = []
+    for index, mistake in enumerate(mistakes):
+        fails = mistake.fails
+        left_of.append([item for item in items if fails is None or item.name in failed])
+        if fails is None:
+            open_.append(((0, 0), len(items), index))
+        elif must <= fails:
+            open_.append(((0, len(fails - set(failed))), len(failed), index))
+    heapq.heapify(open_)
+    best: list[tuple[tuple[int, int], int]] = []
+    while open_ and (not best or open_[0][0] == best[0][0]):
+        (alike, others), left, index = heapq.heappop(open_)
+        if left == 0:
+            best.append(((alike, others), index))
             continue
-        outcomes = runner.run(exercise, answer, wanted, seed, expected)
-        same_complaint = 0
-        for result in failed:
-            theirs = outcomes.get(result.item.name)
-            likeness = explains(exercise, result, theirs, expected[result.item.name]) if theirs else None
-            if likeness is None:
-                break
-            same_complaint += likeness
-        else:
-            others = [
-                item for item in exercise.items.values() if item.name not in {r.item.name for r in failed}
-            ]
-            rest = runner.run(exercise, answer, with_earlier_phases(exercise, others), seed, expected)
-            surplus = sum(
-                item.name not in rest
-                or not compare(exercise, item, rest[item.name], expected[item.name]).agrees
-                for item in others
-            )
-            ranked.append(((same_complaint, surplus), mistake))
-    best = min((rank for rank, _ in ranked), default=None)
-    return tuple(mistake for rank, mistake in ranked if rank == best)
+        item = left_of[index][-left]
+        answer = runner.ours(exercise, mistakes[index].name)
+        theirs = runner.run(exercise, answer, with_earlier_phases(exercise, [item]), seed, expected)
+        likeness = likeness_of(exercise, item, theirs.get(item.name), failed.get(item.name), expected)
+        if likeness is not None or item.name not in must:
+            rank = (alike + (likeness or 0), others + (likeness is None))
+            heapq.heappush(open_, (rank, left - 1, index))
+    return tuple(mistakes[index] for _, index in sorted(best, key=lambda found: found[1]))
+
+
+def likeness_of(
+    exercise: Exercise,
+    item: Item,
+    theirs: Outcome | None,
+    failure: ItemResult | None,
+    expected: Mapping[str, Outcome],
+) -> int | None:
+    """0 where a mistake does on an item as the answer did, 1 where only its complaint is the same, None elsewhere."""
+    if theirs is None:  # it was stopped before this item
+        return None
+    if failure is not None:
+        return explains(exercise, failure, theirs, expected[item.name])
+    return 0 if compare(exercise, item, theirs, expected[item.name]).agrees else None
+
+
+def cheapest_first(exercise: Exercise, expected: Mapping[str, Outcome]) -> list[Item]:
+    """The items by what they and the phases before them took the reference."""
+
+    def price_s(item: Item) -> float:
+        return sum(expected[phase.name].seconds for phase in with_earlier_phases(exercise, [item]))
+
+    return sorted(exercise.items.values(), key=price_s)
 
 
 def with_earlier_phases(exercise: Exercise, items: Iterable[Item]) -> list[Item]:

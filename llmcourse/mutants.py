@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llmcourse import source
+
 OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -108,7 +110,7 @@ class Mutant:
 
 def mutants(definition_source: str) -> list[Mutant]:
     """Every mutant of a function's or class's source, names unique, the unchanged text left out."""
-    tree = ast.parse(definition_source)
+    tree = source.parse(definition_source)
     original = ast.unparse(tree)
     found, seen, names = [], {original}, Counter[str]()
     for name, text in _versions(tree):

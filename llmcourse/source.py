@@ -6,6 +6,8 @@ Everything is cut from the file's own text with `ast`; nothing is imported and t
 from __future__ import annotations
 
 import ast
+import functools
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,9 +20,18 @@ class SourceError(ValueError):
     """An exercise's file that cannot be cut: says where and what is expected."""
 
 
+_parsing = threading.Lock()
+
+
+def parse(text: str) -> ast.Module:
+    """`ast.parse`, one thread at a time: Python 3.11 raises SystemError when two build a tree at once (gh-106905)."""
+    with _parsing:
+        return ast.parse(text)
+
+
 def definition(text: str, name: str, path: Path | str = "exercise") -> str:
     """Source of the top-level function or class `name`, comments kept, decorators left out."""
-    tree = ast.parse(text)
+    tree = parse(text)
     for index, node in enumerate(tree.body):
         if isinstance(node, Definition) and node.name == name:
             following = tree.body[index + 1] if index + 1 < len(tree.body) else None
@@ -132,15 +143,20 @@ def case_source(text: str, roots: Iterable[str], hidden: Iterable[str], path: Pa
     as an argument. The decorators of the roots are left out, so what they name (judges, services) stays behind
     too; those of what a root reaches are kept.
     """
-    tree = ast.parse(text)
-    roots = list(roots)
+    return _case_source(text, tuple(roots), frozenset(hidden), str(path))
+
+
+@functools.lru_cache(maxsize=256)
+def _case_source(text: str, wanted_names: tuple[str, ...], secret: frozenset[str], path: str) -> str:
+    tree = parse(text)
+    roots = list(wanted_names)
     owners: dict[str, list[ast.stmt]] = {}
     for node in tree.body:
         if isinstance(node, Definition) and node.name in roots:
             node.decorator_list = []
         for name in bound_names(node):
             owners.setdefault(name, []).append(node)
-    secret, wanted, queue = set(hidden), set[int](), roots
+    wanted, queue = set[int](), roots
     reached: set[str] = set()
     while queue:
         name = queue.pop()
@@ -173,7 +189,7 @@ def _only(node: ast.stmt, names: set[str]) -> ast.stmt:
 
 def imports_of(text: str) -> str:
     """The import statements at the top level of a source, as source; those of the course's lessons left out."""
-    tree = ast.parse(text)
+    tree = parse(text)
     kept: list[ast.stmt] = [
         node
         for node in tree.body

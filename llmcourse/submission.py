@@ -19,7 +19,7 @@ from typing import Any
 
 from llmcourse.engine import Answer
 from llmcourse.exercise import exercise_paths
-from llmcourse.source import Definition, bound_names
+from llmcourse.source import Definition, bound_names, parse
 
 MAX_BYTES, MAX_CELLS, MAX_CELL_CHARS = 50 << 20, 5_000, 1_000_000
 MAGIC = re.compile(r"^(?P<indent>\s*)(?:[%!?]|(?:[\w, ]+=\s*)[%!]|[\w.]+\?{1,2}\s*$)")
@@ -194,7 +194,7 @@ def topic_of(cells: Sequence[Cell], path: Path) -> str:
 
 def _defined(text: str) -> list[str]:
     try:
-        tree = ast.parse(without_magics(text)[0])
+        tree = parse(without_magics(text)[0])
     except UNPARSABLE:
         return []
     return [node.name for node in tree.body if isinstance(node, Definition)]
@@ -250,7 +250,7 @@ def without_magics(text: str) -> tuple[str, list[str]]:
 def _string_lines(text: str) -> set[int]:
     """Lines that continue a string or an expression of a text that is Python as it stands: nothing there is a magic."""
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except UNPARSABLE:
         return set()
     return {
@@ -266,7 +266,7 @@ def carried(cell: Cell) -> tuple[str, list[str]]:
     text, magics = without_magics(cell.text)
     notes = [f"{cell.label}: `{line[:60]}` is not run when the notebook is judged" for line in magics]
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except UNPARSABLE as error:
         line = getattr(error, "lineno", None)
         place = f" (line {line})" if line else ""
@@ -313,7 +313,7 @@ def whole(cell: Cell) -> tuple[str, list[str]]:
     text, magics = without_magics(cell.text)
     notes = [f"{cell.label}: `{line[:60]}` is not run when the notebook is judged" for line in magics]
     try:
-        tree = ast.parse(text)
+        tree = parse(text)
     except UNPARSABLE:
         return text, notes  # the worker says what is wrong with it, and where
     lines = text.splitlines()
@@ -330,7 +330,7 @@ def carried_names(texts: Iterable[str]) -> set[str]:
     names: set[str] = set()
     for text in texts:
         try:
-            tree = ast.parse(without_magics(text)[0])
+            tree = parse(without_magics(text)[0])
         except UNPARSABLE:
             continue
         names.update(name for node in tree.body if is_carried(node) for name in bound_names(node))

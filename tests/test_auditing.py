@@ -118,6 +118,16 @@ BROKEN = {
         "mistake upper passes on seed 5",
     ),
     "mistakes_tie": ([], UNTIED, "mistake upper is named upper, again on seed 5"),
+    "fails_more_than_it_says": (
+        [('cut.")', 'cut.", fails=["nothing"])')],
+        a_case("nothing", "return answer(rng.normal(4), torch.tensor(0.0))"),
+        "mistake upper also fails some: add to its `fails`",
+    ),
+    "fails_what_is_not_there": (
+        [('cut.")', 'cut.", fails=["some", "nowhere"])')],
+        "",
+        "mistake upper: `fails` has nowhere, no item of fails_what_is_not_there",
+    ),
     "alternative_rejected": (
         [("return torch.minimum(torch.maximum(x, -limit), limit)", "return x.clamp(-limit, limit).double()")],
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,17 @@ def test_a_seed_that_is_no_number_is_refused(lesson: Path, monkeypatch: pytest.M
     monkeypatch.setenv("LLMCOURSE_SEED", "abc")
     with pytest.raises(ValueError, match="LLMCOURSE_SEED"):
         checking.check(scale_rows)
+
+
+def test_checking_the_lessons_imports_neither_torchs_compiler_nor_its_symbols():
+    """Each takes a second or more, in every worker that needs it."""
+    code = """
+import sys
+from llmcourse.auditing import exercises_of
+from llmcourse.judging import InProcess, expectations
+for exercise in exercises_of(["parameter_loading"]):
+    expectations(InProcess(), exercise, 1)
+    print(exercise.name, sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+"""
+    lines = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert lines.count("[]") == len(lines.splitlines()) >= 5, lines

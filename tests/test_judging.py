@@ -459,6 +459,43 @@ def test_a_mistake_that_only_costs_is_named_by_its_count(scaled):
     assert named(verdict(scaled, lambda x, by: (x * 1 * 1) * by)) == ["summed"]
 
 
+class Noting(InProcess):
+    """Notes which mistake is run on which items."""
+
+    def __init__(self):
+        self.runs = []
+
+    def run(self, exercise, answer, items, seed, expected):
+        if expected is not None:
+            self.runs.append((answer.__name__, [item.name for item in items]))
+        return super().run(exercise, answer, items, seed, expected)
+
+
+def test_a_mistake_that_says_what_it_fails_is_run_on_nothing_else(numbered):
+    mistake(numbered, "Fails the first.", fails=["first"])(
+        named_function("alone", lambda n: n + 7 if n == 1 else n)
+    )
+    mistake(numbered, "Fails both.", fails=["first", "second"])(named_function("both", lambda n: n + 7))
+    mistake(numbered, "Fails the second.", fails=["second"])(
+        named_function("later", lambda n: n + 7 if n == 2 else n)
+    )
+    runner, found = Noting(), of(numbered)
+    answer = named_function("mine", lambda n: n + 7 if n == 1 else n)
+    result = judge(runner, found, answer, 11, expectations(runner, found, 11))
+    # `both` would fail more than the answer did, and `later` does not fail what it failed.
+    assert named(result) == ["alone"]
+    assert runner.runs == [("mine", ["first", "second"]), ("alone", ["first"])]
+
+
+def test_a_failed_case_is_explained_also_where_a_cost_besides_is_not(scaled):
+    """What the answer costs on top does not hide which wrong answer it is."""
+
+    def dear(x, by):
+        return x + by if isinstance(x, torch.Tensor) else x * 1 * 1 * by
+
+    assert named(verdict(scaled, dear)) == ["added"]
+
+
 # --------------------------------------------------------------------------------------------------- in a notebook
 
 

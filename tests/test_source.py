@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -271,3 +274,33 @@ def test_a_reference_of_another_exercise_is_sent_without_its_decorator():
 def test_imports_are_kept_but_those_of_lessons():
     text = "import torch\nfrom llmcourse.lessons.a.b import c\nfrom llmcourse import wire\nx = 1\n"
     assert imports_of(text + "if x:\n    import json\n") == "import torch\nfrom llmcourse import wire"
+
+
+class Dropped:
+    """Garbage that runs Python when it is collected, which lets another thread go on."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        sum(range(3))
+
+
+def test_threads_that_parse_at_once_get_their_trees():
+    """Python 3.11 counts the depth of all trees under construction together, and raises SystemError."""
+    text = ("def f(x):\n    return [" + "(" * 40 + "x" + ")" * 40 + "]\n") * 50
+
+    def one(_):
+        for _ in range(10):
+            Dropped()
+        return len(source.parse(text).body)
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(50, 2, 2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert set(pool.map(one, range(40))) == {50}
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)

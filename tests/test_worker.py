@@ -328,3 +328,18 @@ def test_a_remote_service_waits_for_its_own_reply_when_several_threads_call():
 
 
 worker_end_kept_open: list = []
+
+
+def test_a_module_first_imported_while_names_are_switched_off_keeps_none_of_the_refusals(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "shelf").mkdir()
+    (tmp_path / "shelf" / "__init__.py").write_text("def read(): return 1\n")
+    (tmp_path / "shelf" / "later.py").write_text("from shelf import read\ndef load(): return read()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with switched_off(["shelf.read", "shelf.later.load"]):
+        from shelf import later
+
+        with pytest.raises(Forbidden):
+            later.load()
+    assert later.load() == 1

@@ -78,10 +78,11 @@ def load_parallel(
 
 # ------------------------------------------------------------------------------------------------ a slow storage
 
-# Real seconds without a new call before the clock of `Storage` moves on. No verdict rests on how long they are:
-# short where no right answer has anything more to ask, long where it is about to, and longer still where the answer
-# has shown that it asks for several things at once.
-SOON_S, FAILED_S, LATER_S, LATEST_S = 0.005, 0.04, 0.1, 0.25
+# How many turns of the scheduler may pass without a new call before the clock of `Storage` moves on: few where no
+# right answer has anything more to ask, more where it is about to. Turns and not seconds, for on a busy machine, or
+# one that stood still, whoever counts them waits as long for each as the answer's threads wait to go on.
+TURN_S = 0.001
+SOON, FAILED, LATER = 2, 15, 50
 
 
 class Storage:
@@ -158,19 +159,18 @@ class Storage:
 
     def _wait_for(self, end: tuple[int, int]) -> None:
         """Wait until this read is the next to end and nothing has happened for a while."""
-        while True:
-            events, next_to_end = self._events, end == min(self._waiting)
-            self._changed.wait(self._patience_s() if next_to_end else None)
-            if next_to_end and events == self._events:
-                return
+        turns, events = 0, self._events
+        while end != min(self._waiting) or turns < self._patience():
+            self._changed.wait(TURN_S if end == min(self._waiting) else None)
+            turns = turns + 1 if events == self._events else 0
+            events = self._events
 
-    def _patience_s(self) -> float:
+    def _patience(self) -> int:
+        """Turns to wait with the reads that are under way now."""
         busy = len(self._waiting) >= self.workers
         if self._failed:
-            return FAILED_S if busy else SOON_S
-        if busy or len(self._begun) == len(self._held):
-            return SOON_S
-        return LATEST_S if self._now == 0 or self._most >= self.workers else LATER_S
+            return FAILED if busy else SOON
+        return SOON if busy or len(self._begun) == len(self._held) else LATER
 
 
 def checkpoint(rng: Rng, count: int) -> dict[str, dict[str, Tensor]]:
@@ -384,7 +384,9 @@ def attempt(read: Callable[[str], dict[str, Tensor]], shard: str) -> dict[str, T
 
 
 @mistake(
-    load_parallel, "Everything is read one after the other; only what is in memory is shared out to threads."
+    load_parallel,
+    "Everything is read one after the other; only what is in memory is shared out to threads.",
+    fails=["first_shard_ends_last", "one_name_in_two_shards", "work_is_pulled"],
 )
 def read_then_split(read, shards, workers, into):
     loaded: dict[str, dict[str, Tensor] | Exception] = {}
@@ -398,7 +400,11 @@ def read_then_split(read, shards, workers, into):
     return put(into, dict(zip(tensors, placed, strict=True)))
 
 
-@mistake(load_parallel, "Every shard gets a thread of its own, however many there are.")
+@mistake(
+    load_parallel,
+    "Every shard gets a thread of its own, however many there are.",
+    fails=["first_shard_ends_last", "one_name_in_two_shards", "work_is_pulled", "failure_stops_reading"],
+)
 def thread_per_shard(read, shards, workers, into):
     return load_by_pool(read, shards, max(len(shards), 1), into)
 
@@ -420,7 +426,11 @@ def load_by_pool(read, shards, workers, into):
     )
 
 
-@mistake(load_parallel, "Nobody asks the threads how they ended, so a shard that fails is just not there.")
+@mistake(
+    load_parallel,
+    "Nobody asks the threads how they ended, so a shard that fails is just not there.",
+    fails=["last_shard_fails", "two_shards_fail", "failure_stops_reading"],
+)
 def errors_swallowed(read, shards, workers, into):
     stopped = threading.Event()
 
@@ -439,6 +449,14 @@ def errors_swallowed(read, shards, workers, into):
 @mistake(
     load_parallel,
     "Tensors are written as their shard arrives, so a late failure leaves a mixture of two models.",
+    fails=[
+        "first_shard_ends_last",
+        "last_shard_fails",
+        "two_shards_fail",
+        "one_name_in_two_shards",
+        "work_is_pulled",
+        "failure_stops_reading",
+    ],
 )
 def written_on_arrival(read, shards, workers, into):
     arrived: dict[str, str] = {}
@@ -462,7 +480,9 @@ def written_on_arrival(read, shards, workers, into):
 
 
 @mistake(
-    load_parallel, "Results are taken in the order in which they arrive, so timing decides order and error."
+    load_parallel,
+    "Results are taken in the order in which they arrive, so timing decides order and error.",
+    fails=["first_shard_ends_last", "two_shards_fail", "work_is_pulled"],
 )
 def order_of_arrival(read, shards, workers, into):
     tensors: dict[str, Tensor] = {}
@@ -481,7 +501,11 @@ def order_of_arrival(read, shards, workers, into):
     return put(into, tensors)
 
 
-@mistake(load_parallel, "A name that occurs twice silently takes the later shard's values.")
+@mistake(
+    load_parallel,
+    "A name that occurs twice silently takes the later shard's values.",
+    fails=["one_name_in_two_shards"],
+)
 def last_one_wins(read, shards, workers, into):
     parts: dict[str, dict[str, Tensor]] = {}
 
@@ -493,7 +517,11 @@ def last_one_wins(read, shards, workers, into):
     return put(into, {name: tensor for shard in shards for name, tensor in parts[shard].items()})
 
 
-@mistake(load_parallel, "Work goes in rounds of `workers` shards, and each round waits for its slowest.")
+@mistake(
+    load_parallel,
+    "Work goes in rounds of `workers` shards, and each round waits for its slowest.",
+    fails=["work_is_pulled"],
+)
 def rounds(read, shards, workers, into):
     loaded: dict[str, dict[str, Tensor] | Exception] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -506,7 +534,9 @@ def rounds(read, shards, workers, into):
 
 
 @mistake(
-    load_parallel, "Each worker gets its share of the shards beforehand, and idles when its own are done."
+    load_parallel,
+    "Each worker gets its share of the shards beforehand, and idles when its own are done.",
+    fails=["work_is_pulled"],
 )
 def shares_beforehand(read, shards, workers, into):
     loaded: dict[str, dict[str, Tensor] | Exception] = {}
@@ -525,14 +555,20 @@ def shares_beforehand(read, shards, workers, into):
 
 
 @mistake(
-    load_parallel, "Every shard is read twice: once to look for names that occur twice, once to load it."
+    load_parallel,
+    "Every shard is read twice: once to look for names that occur twice, once to load it.",
+    fails=["first_shard_ends_last", "work_is_pulled"],
 )
 def read_twice(read, shards, workers, into):
     load_by_pool(read, shards, workers, {})
     return load_by_pool(read, shards, workers, into)
 
 
-@mistake(load_parallel, "The error that reading raised goes out as it is, without the shard's name.")
+@mistake(
+    load_parallel,
+    "The error that reading raised goes out as it is, without the shard's name.",
+    fails=["last_shard_fails", "two_shards_fail", "failure_stops_reading"],
+)
 def shard_not_named(read, shards, workers, into):
     try:
         return load_by_pool(read, shards, workers, into)
@@ -540,7 +576,11 @@ def shard_not_named(read, shards, workers, into):
         raise error.__cause__ or error from None
 
 
-@mistake(load_parallel, "Raises at the first failure and leaves other reads running behind it.")
+@mistake(
+    load_parallel,
+    "Raises at the first failure and leaves other reads running behind it.",
+    fails=["last_shard_fails", "two_shards_fail", "failure_stops_reading"],
+)
 def does_not_wait(read, shards, workers, into):
     pool = ThreadPoolExecutor(workers)
     futures = {shard: pool.submit(read, shard) for shard in shards}
@@ -550,7 +590,17 @@ def does_not_wait(read, shards, workers, into):
     return put(into, merged(shards, done))
 
 
-@mistake(load_parallel, "Tensors are written once every read has begun, and taken back when one fails.")
+@mistake(
+    load_parallel,
+    "Tensors are written once every read has begun, and taken back when one fails.",
+    fails=[
+        "first_shard_ends_last",
+        "last_shard_fails",
+        "two_shards_fail",
+        "one_name_in_two_shards",
+        "work_is_pulled",
+    ],
+)
 def written_too_early(read, shards, workers, into):
     kept, lock, begun = dict(into), threading.Lock(), []
     arrived: dict[str, Tensor] = {}
@@ -573,7 +623,11 @@ def written_too_early(read, shards, workers, into):
         raise
 
 
-@mistake(load_parallel, "After a failure everything that was handed to the pool is still read.")
+@mistake(
+    load_parallel,
+    "After a failure everything that was handed to the pool is still read.",
+    fails=["failure_stops_reading"],
+)
 def reads_on(read, shards, workers, into):
     with ThreadPoolExecutor(workers) as pool:
         futures = {shard: pool.submit(attempt, read, shard) for shard in shards}

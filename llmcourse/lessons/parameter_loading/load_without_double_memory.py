@@ -92,12 +92,12 @@ class Rotary(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        frequency = self.base ** -(torch.arange(0, self.width, 2) / self.width)
-        self.register_buffer("frequency", frequency, persistent=False)
+        frequencies = [self.base ** -(index / self.width) for index in range(0, self.width, 2)]
+        self.register_buffer("frequency", torch.tensor(frequencies), persistent=False)
 
 
 class Projection(nn.Module):
-    """A linear map that keeps its row sums beside it: a buffer that depends on the weight."""
+    """A linear map that keeps its diagonal beside it: a buffer that depends on the weight."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -106,8 +106,19 @@ class Projection(nn.Module):
         self.reset_buffers()
 
     def reset_buffers(self) -> None:
-        sums = self.weight.detach().to(torch.float64).sum(dim=1)
-        self.register_buffer("row_sums", sums, persistent=False)
+        diagonal = self.weight.detach().diagonal().to(torch.float64, copy=True)
+        self.register_buffer("diagonal", diagonal, persistent=False)
+
+
+class Embedding(nn.Embedding):
+    """Starts from zeros.
+
+    Here as in Rotary no torch function is called that on the meta device is written in Python, as `normal_` and
+    division are: the first such call imports torch's compiler, which takes a second.
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
 
 
 class Decoder(nn.Module):
@@ -115,7 +126,7 @@ class Decoder(nn.Module):
 
     def __init__(self, words: int, width: int, tied: Sequence[str] = (), frozen: Iterable[str] = ()) -> None:
         super().__init__()
-        self.embed = nn.Embedding(words, width)
+        self.embed = Embedding(words, width)
         self.rotary = Rotary(width, 100.0)
         self.blocks = nn.ModuleList([Projection(width), Projection(width)])
         self.norm = nn.LayerNorm(width)
@@ -240,7 +251,7 @@ def dtypes_of_the_file(answer, rng):
 
 @case(load_without_double_memory)
 def buffers_outside_the_file(answer, rng):
-    """A rotary table and row sums, which are in no file."""
+    """A rotary table and diagonals, which are in no file."""
     words, width = sizes(rng)
     module = loads(
         answer, drawn(rng, words, width, HEAD, HEAD[0]), functools.partial(Decoder, words, width, HEAD)
@@ -407,6 +418,7 @@ def reset(module: nn.Module) -> nn.Module:
 @mistake(
     load_without_double_memory,
     "The module is built with real weights, then the file is copied into it: both are in memory at once.",
+    fails=["dtypes_of_the_file", "built_on_meta", "held_once"],
 )
 def build_then_copy(build, path):
     module = build()
@@ -415,14 +427,38 @@ def build_then_copy(build, path):
     return reset(module)
 
 
-@mistake(load_without_double_memory, "Buffers that the file does not hold stay on the meta device.")
+@mistake(
+    load_without_double_memory,
+    "Buffers that the file does not hold stay on the meta device.",
+    fails=[
+        "tied_weights",
+        "dtypes_of_the_file",
+        "buffers_outside_the_file",
+        "frozen_parameters",
+        "built_on_meta",
+        "missing_or_unexpected",
+        "other_shapes",
+    ],
+)
 def buffers_on_meta(build, path):
     module = on_meta(build)
     assign(module, checked(module, load_file(path)))
     return module
 
 
-@mistake(load_without_double_memory, "Buffers that the file does not hold get memory and no values.")
+@mistake(
+    load_without_double_memory,
+    "Buffers that the file does not hold get memory and no values.",
+    fails=[
+        "tied_weights",
+        "dtypes_of_the_file",
+        "buffers_outside_the_file",
+        "frozen_parameters",
+        "built_on_meta",
+        "missing_or_unexpected",
+        "other_shapes",
+    ],
+)
 def buffers_without_values(build, path):
     module = on_meta(build)
     assign(module, checked(module, load_file(path)))
@@ -432,7 +468,19 @@ def buffers_without_values(build, path):
     return module
 
 
-@mistake(load_without_double_memory, "Buffers are made anew before the weights they depend on are in place.")
+@mistake(
+    load_without_double_memory,
+    "Buffers are made anew before the weights they depend on are in place.",
+    fails=[
+        "tied_weights",
+        "dtypes_of_the_file",
+        "buffers_outside_the_file",
+        "frozen_parameters",
+        "built_on_meta",
+        "missing_or_unexpected",
+        "other_shapes",
+    ],
+)
 def buffers_too_early(build, path):
     module = reset(on_meta(build))
     assign(module, checked(module, load_file(path)))
@@ -442,6 +490,15 @@ def buffers_too_early(build, path):
 @mistake(
     load_without_double_memory,
     "A second module is built with real weights for the sake of its buffers.",
+    fails=[
+        "tied_weights",
+        "dtypes_of_the_file",
+        "buffers_outside_the_file",
+        "frozen_parameters",
+        "built_on_meta",
+        "missing_or_unexpected",
+        "other_shapes",
+    ],
 )
 def built_again_for_buffers(build, path):
     module, other = on_meta(build), build()
@@ -452,7 +509,11 @@ def built_again_for_buffers(build, path):
     return module
 
 
-@mistake(load_without_double_memory, "strict=False: a renamed weight is neither loaded nor reported.")
+@mistake(
+    load_without_double_memory,
+    "strict=False: a renamed weight is neither loaded nor reported.",
+    fails=["missing_or_unexpected"],
+)
 def not_strict(build, path):
     module = on_meta(build)
     state, stored = module.state_dict(keep_vars=True), load_file(path)
@@ -465,7 +526,11 @@ def not_strict(build, path):
     return reset(module)
 
 
-@mistake(load_without_double_memory, "Tensors of the file that the module does not have are ignored.")
+@mistake(
+    load_without_double_memory,
+    "Tensors of the file that the module does not have are ignored.",
+    fails=["missing_or_unexpected"],
+)
 def surplus_ignored(build, path):
     module = on_meta(build)
     stored = load_file(path)
@@ -473,7 +538,11 @@ def surplus_ignored(build, path):
     return reset(module)
 
 
-@mistake(load_without_double_memory, "Each name of a tied weight gets a Parameter of its own.")
+@mistake(
+    load_without_double_memory,
+    "Each name of a tied weight gets a Parameter of its own.",
+    fails=["tied_weights", "dtypes_of_the_file", "frozen_parameters", "built_on_meta"],
+)
 def tie_broken(build, path):
     module = on_meta(build)
     module.load_state_dict(checked(module, load_file(path)), assign=True)
@@ -483,6 +552,15 @@ def tie_broken(build, path):
 @mistake(
     load_without_double_memory,
     "A tied weight is looked for under its first name only.",
+    fails=[
+        "tied_weights",
+        "dtypes_of_the_file",
+        "buffers_outside_the_file",
+        "built_on_meta",
+        "missing_or_unexpected",
+        "other_shapes",
+        "training_leaves_the_file_alone",
+    ],
 )
 def first_name_only(build, path):
     module = on_meta(build)
@@ -497,7 +575,11 @@ def first_name_only(build, path):
     return reset(module)
 
 
-@mistake(load_without_double_memory, "The file's tensors are cast to the dtype that the module declares.")
+@mistake(
+    load_without_double_memory,
+    "The file's tensors are cast to the dtype that the module declares.",
+    fails=["dtypes_of_the_file"],
+)
 def cast_to_the_module(build, path):
     module = on_meta(build)
     state = module.state_dict()
@@ -505,7 +587,11 @@ def cast_to_the_module(build, path):
     return reset(module)
 
 
-@mistake(load_without_double_memory, "New Parameters are trained, whatever the old ones were.")
+@mistake(
+    load_without_double_memory,
+    "New Parameters are trained, whatever the old ones were.",
+    fails=["frozen_parameters"],
+)
 def everything_trained(build, path):
     module = on_meta(build)
     assign(module, checked(module, load_file(path)))
@@ -517,6 +603,7 @@ def everything_trained(build, path):
 @mistake(
     load_without_double_memory,
     "As many elements are taken for the same shape, so a transposed weight is let in.",
+    fails=["other_shapes"],
 )
 def reshaped(build, path):
     module = on_meta(build)
@@ -529,7 +616,9 @@ def reshaped(build, path):
     return reset(module)
 
 
-@mistake(load_without_double_memory, "No shape is looked at when tensors are put in place.")
+@mistake(
+    load_without_double_memory, "No shape is looked at when tensors are put in place.", fails=["other_shapes"]
+)
 def any_shape(build, path):
     module = on_meta(build)
     stored, state = load_file(path), module.state_dict()
@@ -543,6 +632,7 @@ def any_shape(build, path):
 @mistake(
     load_without_double_memory,
     "The whole file is read and tensors are made of its bytes: both are in memory at once.",
+    fails=["held_once"],
 )
 def read_then_cloned(build, path):
     module = on_meta(build)
@@ -554,6 +644,7 @@ def read_then_cloned(build, path):
 @mistake(
     load_without_double_memory,
     "The file is mapped to be written to, so the first step of training changes the checkpoint.",
+    fails=["training_leaves_the_file_alone"],
 )
 def shared_map(build, path):
     module = on_meta(build)
