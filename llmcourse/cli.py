@@ -8,6 +8,7 @@ not possible, 2 a wrong command line or a notebook that cannot be judged, 3 a fa
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -201,9 +202,12 @@ def check(
 
     # Started before torch is imported here, so that both processes import it side by side.
     with Zygote() as zygote, errors.status(f"Judging {notebook.name} …"):
+        gc.disable()  # torch makes a million objects and drops none of them: looking through them takes 0.3 s
         from llmcourse import checking, report
         from llmcourse.submission import UnreadableNotebook
 
+        gc.freeze()
+        gc.enable()
         try:
             found = checking.check_notebook(notebook, seed=seed, zygote=zygote)
         except UnreadableNotebook as error:

@@ -1,6 +1,6 @@
 """The process an answer runs in when it is judged for marks, and the zygote it is forked from.
 
-The judge starts one zygote (`python -m llmcourse.worker FD`), which imports torch, computes nothing and holds no
+The judge starts one zygote, which imports torch, computes nothing and holds no
 lesson. For each submission it forks a worker, which gets a socket to the judge, runs the source text it is sent and
 answers items with observations. A worker never learns what is expected. The parent must not have run torch
 operations: forking a warm thread pool deadlocks the child.
@@ -456,17 +456,15 @@ def _served(control: socket.socket, children: set[int]) -> bool:
 
 
 def main() -> None:
-    """Entry point of the zygote: `python -m llmcourse.worker FD`."""
+    """Entry point of the zygote, with a socket's number and the modules to import beforehand as arguments."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     control = socket.socket(fileno=int(sys.argv[1]))
+    for module in sys.argv[2:]:
+        importlib.import_module(module)
+    gc.freeze()
+    gc.enable()
     # The judge may have ended, or ended this process, before it was ready.
     with contextlib.suppress(ConnectionError):
         control.sendall(b"ready")
         serve_zygote(control)
-    os._exit(
-        0
-    )  # taking torch down in order takes Python 0.2 s, and nobody is left who waits for anything else
-
-
-if __name__ == "__main__":
-    main()
+    os._exit(0)  # taking torch down in order takes 0.2 s, and nobody waits for anything else of it

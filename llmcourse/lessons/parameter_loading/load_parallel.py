@@ -82,7 +82,7 @@ def load_parallel(
 # right answer has anything more to ask, more where it is about to. Turns and not seconds, for on a busy machine, or
 # one that stood still, whoever counts them waits as long for each as the answer's threads wait to go on.
 TURN_S = 0.001
-SOON, FAILED, LATER = 2, 15, 50
+SOON, FAILED, LATER = 2, 12, 32
 
 
 class Storage:
