@@ -10,6 +10,7 @@ The judge never forks. Whatever an answer does ends as an `Outcome`; a fault of 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from llmcourse import source, wire
-from llmcourse.exercise import Exercise, Item, Rng, derive_seed
+from llmcourse.exercise import LESSONS, Exercise, Item, Rng, derive_seed, folders
 from llmcourse.judging import (
     Outcome,
     answer_seed,
@@ -99,6 +100,7 @@ class WorkerProcess:
                     "trusted": self._answer.trusted,
                     "forbid": self._exercise.forbid,
                     "uses": self._exercise.uses,
+                    "closed": closed_to_answers(self._exercise),
                     # Not the seed itself: every input of a class could be computed from it.
                     "seed": derive_seed(self._seed, "load"),
                 },
@@ -249,6 +251,14 @@ def clean_error(error: Any) -> dict[str, Any] | None:
 
 def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
     return Outcome(error={"kind": kind, "message": message}, seconds=seconds)
+
+
+def closed_to_answers(exercise: Exercise) -> list[str]:
+    """Where answers lie: the lessons, their texts, and our modules of which a function is switched off."""
+    modules = {name.rpartition(".")[0] for name in exercise.forbid if name.startswith("llmcourse.")}
+    files = [spec.origin for spec in map(importlib.util.find_spec, modules) if spec and spec.origin]
+    caches = [importlib.util.cache_from_source(file) for file in files]
+    return [*map(str, folders()), *[str(LESSONS.parents[1] / "solutions")], *files, *caches]
 
 
 class Engine:

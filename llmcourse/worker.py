@@ -245,6 +245,56 @@ class NoLessons(importlib.abc.MetaPathFinder):
             )
 
 
+# Audit events (PEP 578) with a path among their arguments, and those that start another program.
+PATH_EVENTS = {
+    "open",
+    "os.listdir",
+    "os.scandir",
+    "os.link",
+    "os.symlink",
+    "os.rename",
+    "os.chdir",
+    "shutil.copyfile",
+}
+PROGRAM_EVENTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"}
+
+
+def wall(closed: Sequence[str]) -> Callable[[str, tuple[object, ...]], None]:
+    """An audit hook that raises PermissionError for files in the closed folders, and for every other program.
+
+    Python has no way to take an audit hook off again; native code does, and is left to the jail.
+    """
+    real = [os.path.realpath(path) for path in closed]
+    names = {
+        name.split(".")[0]
+        for path in real
+        if os.path.isdir(path)
+        for _, _, files in os.walk(path)
+        for name in files
+    }
+
+    def refuse(event: str, arguments: tuple[object, ...]) -> None:
+        if event in PROGRAM_EVENTS:
+            raise PermissionError("an answer that is judged starts no other program")
+        if event not in PATH_EVENTS:
+            return
+        for argument in arguments:
+            if not isinstance(argument, str | bytes | os.PathLike):
+                continue
+            path = os.path.realpath(os.fsdecode(argument))
+            # By its name too: a folder's descriptor may be what the path is relative to.
+            known = not os.path.isabs(os.fsdecode(argument)) and os.path.basename(path).split(".")[0] in names
+            if known and path.endswith((".py", ".pyc", ".ipynb", ".md")):
+                break
+            if any(path == folder or path.startswith(folder + os.sep) for folder in real):
+                break
+        else:
+            return
+        raise PermissionError("the course's own answers are closed to an answer that is judged")
+
+    return refuse
+
+
 class Channel:
     """The worker's end of the connection: one thread reads, any thread may call the judge."""
 
@@ -319,6 +369,7 @@ class Worker:
     def load(self, message: dict[str, Any]) -> None:
         if not message["trusted"]:
             sys.meta_path.insert(0, NoLessons())
+            sys.addaudithook(wall(message["closed"]))
         # Never left again: a worker serves one exercise.
         self.forbidden = contextlib.ExitStack()
         try:

@@ -251,6 +251,19 @@ def test_an_answer_that_is_not_there_is_not_attempted(engine, add, text, reason)
         (body("return 'x' * (20 << 20)"), "wrong", "raised ProtocolError: a header of"),
         (body("os.closerange(3, 512)"), "crashed", "exit status"),
         (body("import llmcourse.lessons"), "wrong", "cannot import it"),
+        (
+            body(
+                "sys.meta_path[:] = sys.meta_path[1:]\nimport llmcourse.lessons.parameter_loading.read_header"
+            ),
+            "wrong",
+            "closed to an answer",
+        ),
+        (
+            body("open(llmcourse.exercise.LESSONS)", "import llmcourse.exercise"),
+            "wrong",
+            "closed to an answer",
+        ),
+        (body("os.system('true')"), "wrong", "starts no other program"),
         (body("from llmcourse.lessons.numbers.add import add as ours"), "wrong", "course's own answers"),
         (body("return float('nan') * x"), "wrong", "found nan"),
         ("def add(x):\n    return x", "wrong", "expected parameters (x, y), found (x)"),
@@ -546,10 +559,11 @@ def gone(pids, limit_s=10.0) -> bool:
 def test_an_engine_leaves_no_process_and_no_file(add, tmp_path):
     noted = tmp_path / "pids"
     text = body(
-        "import subprocess\n"
-        "child = subprocess.Popen(['sleep', '1000'])\n"
+        "import time\n"
+        "child = os.fork()\n"
+        "child or (time.sleep(1000), os._exit(0))\n"
         "assert tempfile.gettempdir() == os.getcwd()\n"
-        f"open({str(noted)!r}, 'a').write(f'{{os.getpid()}} {{child.pid}} ')\n"
+        f"open({str(noted)!r}, 'a').write(f'{{os.getpid()}} {{child}} ')\n"
         "open('left behind', 'w').write('x'); open(tempfile.mkdtemp() + '/left behind', 'w').write('x')"
     )
     with Engine() as mine:

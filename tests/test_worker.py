@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import threading
@@ -299,6 +300,47 @@ def test_lessons_cannot_be_imported_beside_an_answer():
         with pytest.raises(ImportError, match="course's own answers"):
             finder.find_spec(name)
     assert finder.find_spec("llmcourse.lessons_of_others") is None and finder.find_spec("torch") is None
+
+
+@pytest.fixture
+def closed(tmp_path, monkeypatch):
+    """A folder with an answer in it, behind a wall."""
+    folder = tmp_path / "lessons"
+    folder.mkdir()
+    (folder / "twice.py").write_text("def twice(x): return 2 * x")
+    (tmp_path / "free.txt").write_text("free")
+    monkeypatch.chdir(tmp_path)
+    return folder, worker.wall([str(folder)])
+
+
+def test_no_path_leads_to_an_answer_behind_the_wall(closed, tmp_path):
+    folder, refuse = closed
+    (tmp_path / "detour").symlink_to(folder)
+    paths = [
+        folder / "twice.py",
+        str(folder),
+        os.fsencode(folder / "twice.py"),
+        "lessons/twice.py",
+        "./lessons",
+    ]
+    for path in [*paths, tmp_path / "detour" / "twice.py", "twice.py", "__pycache__/twice.cpython-311.pyc"]:
+        with pytest.raises(PermissionError, match="closed to an answer"):
+            refuse("open", (path, "r", 0))
+    for event, arguments in [
+        ("os.rename", (folder, "mine", -1, -1)),
+        ("os.link", (folder / "twice.py", "x", -1, -1)),
+    ]:
+        with pytest.raises(PermissionError, match="closed to an answer"):
+            refuse(event, arguments)
+    for path in ("free.txt", tmp_path / "lessons.txt", "twice.bin", 3):
+        refuse("open", (path, "r", 0))
+    refuse("import", ("lessons.twice", None))
+
+
+def test_an_answer_behind_the_wall_starts_no_program(closed):
+    for event in worker.PROGRAM_EVENTS:
+        with pytest.raises(PermissionError, match="no other program"):
+            closed[1](event, ("cat", ["cat"], None, None))
 
 
 def test_a_remote_service_waits_for_its_own_reply_when_several_threads_call():

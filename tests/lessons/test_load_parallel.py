@@ -40,7 +40,7 @@ def test_a_list_schedule_computed_by_hand():
 @pytest.mark.parametrize("workers", [1, 2, 5])
 def test_ticks_are_those_of_the_list_schedule(seed, workers, monkeypatch):
     # The pool hands in its next read at once; a busy machine may take its time over that without failing this test.
-    monkeypatch.setattr(lesson, "LATEST_S", 10.0)
+    monkeypatch.setattr(lesson, "LATER", 10_000)
     draw = random.Random(seed)
     ticks = [draw.randint(1, 30) for _ in range(9)]
     storage = small_storage(ticks, workers)
