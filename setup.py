@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: a wheel carries the student notebooks, so that a learner needs no clone."""
+"""What pyproject.toml cannot say: a wheel carries the student notebooks and the interviews' questions, so that a
+learner needs no clone."""
 
 from pathlib import Path
 
@@ -7,13 +8,16 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithNotebooks(build_py):
-    """Copy notebooks/NN_topic/*.ipynb into the built package; an editable install reads them in place."""
+    """Copy notebooks/NN_topic/*.ipynb and solutions/NN_topic/interview.toml into the built package's notebooks; an
+    editable install reads them in place."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for source in sorted(Path("notebooks").glob("[0-9][0-9]_*/*.ipynb")):
-                target = Path(self.build_lib, "llmcourse", source)
+            notebooks = Path("notebooks").glob("[0-9][0-9]_*/*.ipynb")
+            questions = Path("solutions").glob("[0-9][0-9]_*/interview.toml")
+            for source in sorted([*notebooks, *questions]):
+                target = Path(self.build_lib, "llmcourse", "notebooks", *source.parts[1:])
                 self.mkpath(str(target.parent))
                 self.copy_file(str(source), str(target))
 

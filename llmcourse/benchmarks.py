@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import os
 import random
 import subprocess
@@ -21,6 +22,7 @@ from statistics import median, quantiles
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+COLD_ROUNDS = 5
 ROUNDS = 15
 RESAMPLES = 2_000
 CHECKPOINT_BYTES = 500 << 20
@@ -129,15 +131,22 @@ def touch(loaded: Any) -> float:
     return sum(float(tensor.detach().sum()) for tensor in tensors)
 
 
-def time_loaders(folder: Path, rounds: int) -> dict[str, list[float]]:
-    """Seconds of load plus touch, per way, in rounds of random order; warm page cache, one thread."""
+def time_loaders(folder: Path, rounds: int, *, cold: bool = False) -> dict[str, list[float]]:
+    """Seconds of load plus touch, per way, in rounds of random order, one thread.
+
+    cold: with the files dropped from the page cache before each load; nothing where the system does not allow that.
+    """
     import torch
+
+    from llmcourse.machine import drop_from_page_cache
 
     torch.set_num_threads(1)
     ways = loaders(folder)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name in random.sample(list(ways), k=len(ways)):
+            if cold and not all(drop_from_page_cache(path) for path in folder.iterdir()):
+                return {}
             began = time.perf_counter()
             loaded = ways[name]()
             touch(loaded)
@@ -184,11 +193,80 @@ def loading_rows(rounds: int) -> Iterator[Row]:
                 f"lower bound ≥ {bar}" if bar else "",
                 low >= bar if bar else None,
             )
+        yield from cold_rows(folder, size)
         for name, bound in (("llmcourse load_checkpoint", 0.05), ("llmcourse, copied", 1.05)):
             peak = int(_fresh(["--peak", name, "--folder", place]))
             measured = f"{peak / size:.3f} × the file" if peak >= 0 else "not measured on this system"
             holds = None if peak < 0 else peak <= bound * size
             yield Row(f"peak anonymous memory: {name}", measured, f"≤ {bound} × the file", holds)
+
+
+def cold_rows(folder: Path, size: int) -> Iterator[Row]:
+    """The same loads from the disk, and what `plan_load` says of it."""
+    gc.collect()
+    cold = time_loaders(folder, COLD_ROUNDS, cold=True)
+    ours = cold.get("llmcourse load_checkpoint", [])
+    for name, taken in cold.items():
+        middle, low, high = paired_ratio(taken, ours)
+        measured = f"{median(taken) * 1e3:.0f} ms, {middle:.2f}× ours [{low:.2f}, {high:.2f}]"
+        yield Row(f"cold: load and touch {size / 1e6:.0f} MB: {name}", measured, "", None)
+    yield from planned_rows(folder, size)
+
+
+def planned_rows(folder: Path, size: int) -> Iterator[Row]:
+    """What `plan_load` predicts from probed rates beside plain reads: of the shards from the disk, of warm weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    from llmcourse.exercise import find
+    from llmcourse.machine import disk_read_bytes_per_s, drop_from_page_cache, probe
+
+    shards = sorted(folder.glob("*.safetensors"))
+
+    def planned_s(bytes_per_s: float) -> float:
+        rates = {
+            "disk_gb_per_s": bytes_per_s / 1e9,
+            "network_gbit_per_s": math.inf,
+            "device_gb_per_s": math.inf,
+        }
+        return float(find("plan_load").reference(size // 2, 1, "slices", overlap=True, **rates)[0])
+
+    def read_s() -> float:
+        target, began = bytearray(8 << 20), time.perf_counter()
+        for shard in shards:
+            with open(shard, "rb", buffering=0) as file:
+                while file.readinto(target):
+                    pass
+        return time.perf_counter() - began
+
+    rates, cold = [], []
+    for _ in range(COLD_ROUNDS):
+        rate = disk_read_bytes_per_s(folder)
+        if rate is None or not all(drop_from_page_cache(shard) for shard in shards):
+            break
+        rates.append(rate)
+        cold.append(read_s())
+    if rates:
+        yield _planned("disk", [planned_s(rate) for rate in rates], cold)
+    weights = [tensor for shard in shards for tensor in load_file(shard).values()]
+    torch.set_num_threads(1)
+    warm = []
+    for _ in range(COLD_ROUNDS):
+        began = time.perf_counter()
+        for tensor in weights:
+            tensor.sum()
+        warm.append(time.perf_counter() - began)
+    # The first touch enters the pages into the page table; what remains is memory.
+    rates = [probe(True).read_bytes_per_s_one_thread for _ in range(3)]
+    yield _planned("memory, one thread", [planned_s(rate) for rate in rates], warm[1:])
+
+
+def _planned(what: str, planned: Sequence[float], taken: Sequence[float]) -> Row:
+    texts = [f"{1e3 * min(found):.0f} to {1e3 * max(found):.0f} ms" for found in (planned, taken)]
+    within = min(taken) <= max(planned) and min(planned) <= max(taken)
+    return Row(
+        f"plan_load for the {what}", f"planned {texts[0]}, measured {texts[1]}", "spreads overlap", within
+    )
 
 
 def _fresh(arguments: list[str]) -> str:

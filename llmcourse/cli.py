@@ -12,6 +12,8 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -26,9 +28,12 @@ from llmcourse import workspace
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmcourse.appraisal import Appraisal
     from llmcourse.checking import NotebookVerdict
     from llmcourse.exercise import Exercise
     from llmcourse.machine import Machine
+    from llmcourse.standing import Standing
+    from llmcourse.training import Progress
 
 app = typer.Typer(
     name="llmcourse",
@@ -108,18 +113,26 @@ def _options(
 # -------------------------------------------------------------------------------------------------- studying
 
 
-@app.command(epilog="Example: llmcourse doctor --refresh")
+@app.command(epilog="Example: llmcourse doctor --model models/Qwen2.5-0.5B")
 def doctor(
     as_json: AsJson = False,
     refresh: Annotated[
         bool, typer.Option("--refresh", help="Measure again; a busy machine measures lower.")
     ] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Say what this checkpoint is, costs, and whether it fits here."),
+    ] = None,
 ) -> None:
     """Measure this computer (seconds, then remembered) and draw its roofline into the workspace."""
+    appraised = None if model is None else _appraise(model)
     with errors.status("Measuring this computer …"):
         from llmcourse import machine
 
         probed = machine.probe(refresh)
+    if appraised is not None:
+        _print_appraisal(appraised, probed, as_json=as_json)
+        return
     if as_json:
         _print_json(asdict(probed))
         return
@@ -140,6 +153,69 @@ def _rates(probed: Machine) -> Table:
             table.add_row(*memory, dtype, f"{flops_per_s / 1e9:,.0f}", f"{ridge:,.1f}")
             memory = ("", "", "")
     return table
+
+
+def _appraise(folder: Path) -> Appraisal:
+    from llmcourse import appraisal
+
+    try:
+        return appraisal.appraise(folder)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _print_appraisal(appraised: Appraisal, probed: Machine, *, as_json: bool) -> None:
+    if as_json:
+        content = asdict(appraised)
+        content["parameters"]["total"] = appraised.parameters.total
+        content["training"]["total_bytes"] = appraised.training.total_bytes
+        _print_json(content | {"fits": [asdict(appraised.fit(device)) for device in probed.devices]})
+        return
+    count = len(appraised.files)
+    stored = ", ".join(f"{values:,} in {dtype}" for dtype, values in appraised.stored_values.items())
+    print(f"{appraised.folder}: {appraised.architecture} ({appraised.family})")
+    print(f"{count} file{'s' * (count > 1)}, {_binary(appraised.stored_bytes)}: values {stored}")
+    print(f"Trained for a context of {appraised.context_tokens:,} tokens")
+    Console().print(_parameters(appraised))
+    Console().print(_costs(appraised, probed))
+    print("Room: cached tokens beside the weights, in all of a device's memory; activations come on top.")
+    for device in probed.devices:
+        if appraised.dtype == "float16" and "float16" not in device.flops_per_s:
+            print(f"No fast float16 product on {device.name}: load the files in float32 or bfloat16 there.")
+
+
+def _parameters(appraised: Appraisal) -> Table:
+    from rich.table import Table
+
+    table = Table("part", "parameters", "share", box=None)
+    parts = asdict(appraised.parameters) | {"together": appraised.parameters.total}
+    for part, count in parts.items():
+        table.add_row(part, f"{count:,}", f"{count / appraised.parameters.total:.1%}")
+    return table
+
+
+def _costs(appraised: Appraisal, probed: Machine) -> Table:
+    from rich.table import Table
+
+    fits = [appraised.fit(device) for device in probed.devices]
+    rooms = [f"room on {fit.device}, {_binary(fit.memory_bytes)}" for fit in fits]
+    table = Table("weights in", "memory", "cache a token", *rooms, box=None)
+    for each in appraised.serving:
+        cells = [fit.cache_tokens[each.dtype] for fit in fits]
+        shown = ["does not fit" if tokens is None else f"{tokens:,} tokens" for tokens in cells]
+        cache = f"{each.cache_bytes_per_token:,} B ({each.cache_dtype})"
+        table.add_row(each.dtype, _binary(each.weight_bytes), cache, *shown)
+    trains = ["fits" if fit.trains else "does not fit" for fit in fits]
+    training = appraised.training
+    table.add_row(f"{training.dtype}, AdamW training", _binary(training.total_bytes), "", *trains)
+    return table
+
+
+def _binary(size_bytes: int) -> str:
+    """A size in the largest unit that it has one of: 1536 is 1.5 KiB."""
+    exponent = min(max(size_bytes.bit_length() - 1, 0) // 10, 4)
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[exponent]
+    return f"{size_bytes / 2 ** (10 * exponent):,.{min(exponent, 1)}f} {unit}"
 
 
 def _draw_roofline(probed: Machine) -> None:
@@ -276,32 +352,99 @@ def reset(
     print(f"{'Fresh' if kept else 'Already fresh'}: {workspace.folder() / name}")
 
 
+@app.command(epilog="Example: llmcourse interview 01 --minutes 20")
+def interview(
+    lesson: Annotated[
+        str | None, typer.Argument(metavar="[LESSON]", help="Its name, topic or number: 01.")
+    ] = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Draw from all lessons instead.")] = False,
+    minutes: Annotated[float, typer.Option(help="How long it may take.")] = 20,
+    zh: Annotated[bool, typer.Option("--zh", help="Chinese questions and headings.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draw the same again.")] = None,
+    new: Annotated[bool, typer.Option("--new", help="Leave an unfinished one alone.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Report on the latest one instead.")] = False,
+    end: Annotated[bool, typer.Option("--end", help="End the latest one, and report on it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a timed interview into your workspace, or go on with the unfinished one.
+
+    Due revisits come first, then what you practised least. Open the notebook in JupyterLab; its second cell starts
+    the clock.
+    """
+    from llmcourse import interview as interviews
+
+    if report or end:
+        found = interviews.report(end=end)
+        _print_json(found.to_json()) if as_json else print(found)
+        return
+    taken = interviews.take(lesson, mixed=mixed, minutes=minutes, zh=zh, seed=seed, new=new)
+    if as_json:
+        _print_json(taken.to_json())
+        return
+    print(taken)
+    print(
+        "Open it in JupyterLab (`llmcourse lab`, folder interviews); the clock starts with its second cell."
+    )
+
+
 @app.command(epilog="Example: llmcourse progress --json")
-def progress(as_json: AsJson = False) -> None:
-    """Show the exercises you have tried: points, attempts, when each was first solved."""
-    entries, note = workspace.progress()
-    if note:
+def progress(
+    as_json: AsJson = False,
+    picture: Annotated[bool, typer.Option("--picture", help="Draw it into the workspace.")] = False,
+) -> None:
+    """Show the exercises you have tried: points, tries, best time in an interview, when a revisit is due."""
+    from llmcourse import standing
+
+    found, notes = standing.standings()
+    for note in notes:
         errors.print(note, markup=False)
     if as_json:
-        _print_json({name: asdict(entry) for name, entry in entries.items()})
-    elif not entries:
+        _print_json({one.name: one.to_json() for one in found})
+    elif not found:
         print("Nothing tried yet. Open a lesson with `llmcourse lab` and run a check.")
     else:
-        _print_progress(entries)
+        _print_progress(found)
+    if picture:
+        _draw_progress()
 
 
-def _print_progress(entries: dict[str, workspace.ExerciseProgress]) -> None:
+def _print_progress(found: list[Standing]) -> None:
     from rich.table import Table
 
-    table = Table("lesson", "exercise", "points", "attempts", "last verdict", "first solved", box=None)
-    for name, entry in sorted(entries.items(), key=lambda pair: (pair[1].lesson or "", pair[1].first_tried)):
-        points = f"{entry.best_points:g} / {entry.max_points:g}"
-        solved = (entry.first_solved or "")[:16].replace("T", " ")
-        table.add_row(entry.lesson or "", name, points, str(entry.attempts), entry.last_verdict, solved)
-    best = sum(entry.best_points for entry in entries.values())
-    at_most = sum(entry.max_points for entry in entries.values())
-    table.add_row("", "together", f"{best:g} / {at_most:g}", "", "", "")
+    from llmcourse.standing import as_clock
+
+    table = Table(box=None)
+    table.add_column("exercise", no_wrap=True)
+    for heading in ("points", "tries", "best time", "solved", "revisit"):
+        table.add_column(heading)
+    lesson = None
+    for one in found:
+        if one.lesson != lesson:
+            lesson = one.lesson
+            table.add_row(lesson)
+        points = f"{one.best_points:g} / {one.max_points:g}"
+        best = "" if one.best_time_s is None else as_clock(one.best_time_s)
+        solved = (one.first_solved or one.last_verdict)[:10]
+        revisit = "due" if one.is_due else (one.due or "")[:10]
+        table.add_row(f"  {one.name}", points, str(one.attempts), best, solved, revisit)
+    exercises = [one for one in found if one.kind == "exercise"]
+    best_points = sum(one.best_points for one in exercises)
+    at_most = sum(one.max_points for one in exercises)
+    table.add_row("exercises together", f"{best_points:g} / {at_most:g}")
     Console().print(table)
+
+
+def _draw_progress() -> None:
+    from llmcourse import standing
+
+    figure = standing.dashboard(workspace.folder())
+    if figure is None:  # figures are switched off where no one is looking
+        return
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png")
+    path = workspace.folder() / "progress.png"
+    workspace.write(path, drawn.getvalue())
+    errors.print(f"Picture: {path}", markup=False)
 
 
 # ----------------------------------------------------------------------------------------- proving exercises
@@ -347,6 +490,67 @@ def audit(
         print(found.text())
     if not found.complete:
         raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------ training the zoo
+
+
+@app.command(epilog="Example: llmcourse train draft --into my_draft --tokens 2000000")
+def train(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="teacher, student or draft.", show_default=False)
+    ],
+    into: Annotated[
+        Path | None, typer.Option(help="Folder for the files; the installed package's own unless given.")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for the state, to go on from.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to see; the recipe's budget unless given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a model of the zoo on the corpus, or go on where it was stopped. Takes an hour or more.
+
+    Ctrl-C saves first. To finish early, create the file begin_decay in the work folder.
+    """
+    from llmcourse import text, training, zoo
+
+    try:
+        into = zoo.folder(name) if into is None else into  # type: ignore[arg-type]  # refuses other names
+        work = work or text.cache_folder() / "training" / name
+        with _training_bar() as on_step:
+            errors.print(f"State: {work}", markup=False)
+            made = zoo.train(name, work, into, tokens=tokens, on_step=on_step)  # type: ignore[arg-type]
+    except training.TrainingPaused as paused:
+        message = f"{paused}; to go on, run the same command again"
+        raise UserError(message, code=INTERRUPTED) from paused
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise UserError(str(error)) from error
+    if as_json:
+        _print_json(asdict(made) | {"folder": str(into)})
+        return
+    print(f"{into}: {made.tokens:,} tokens, {made.tokens_per_parameter:.1f} per parameter")
+    print(f"Held-out loss: {made.final_held_out:.3f} nats per token, {made.bits_per_byte:.3f} bits per byte")
+
+
+@contextmanager
+def _training_bar() -> Iterator[Callable[[Progress], None]]:
+    """A bar for a training that runs in the block, and a line for each of its evaluations."""
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=errors) as bar:
+        task = bar.add_task("Reading the corpus …", total=None)
+
+        def show(now: Progress) -> None:
+            phase = "falling rate" if now.decaying else "training"
+            shown = f"{phase}, loss {now.train_loss:.3f}, {now.tokens_per_s:,.0f} tokens/s"
+            bar.update(task, total=now.total_steps, completed=now.step, description=shown)
+            if now.evaluated:
+                bar.print(f"{now.tokens:,} tokens: train {now.train_loss:.4f}, held-out {now.held_out:.4f}")
+
+        yield show
 
 
 if __name__ == "__main__":

@@ -254,11 +254,17 @@ def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
 
 
 def closed_to_answers(exercise: Exercise) -> list[str]:
-    """Where answers lie: the lessons, their texts, and our modules of which a function is switched off."""
-    modules = {name.rpartition(".")[0] for name in exercise.forbid if name.startswith("llmcourse.")}
-    files = [spec.origin for spec in map(importlib.util.find_spec, modules) if spec and spec.origin]
-    caches = [importlib.util.cache_from_source(file) for file in files]
-    return [*map(str, folders()), *[str(LESSONS.parents[1] / "solutions")], *files, *caches]
+    """Where answers lie: the lessons, their texts, and the modules of which a function is switched off.
+
+    Those are imported before an answer is, and importing them again would bring the function back.
+    """
+    files = []
+    for name in {forbidden.rpartition(".")[0] for forbidden in exercise.forbid}:
+        with contextlib.suppress(ModuleNotFoundError):  # the worker says which name does not exist
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.origin is not None:
+                files += [spec.origin, importlib.util.cache_from_source(spec.origin)]
+    return [*map(str, folders()), str(LESSONS.parents[1] / "solutions"), *files]
 
 
 class Engine:

@@ -324,6 +324,94 @@ def _tick(value: float) -> str:
     return f"{value:g}"
 
 
+# ---------------------------------------------------------------- a learner's progress
+
+TILES_A_ROW = 5
+TILE_COLORS = {
+    "solved": (BLUE, BLUE, "white"),
+    "tried": ("white", VERMILION, INK),
+    "": ("#EEF0F2", RULE, MUTED),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One exercise as it stands, or one spoken question (with its best rating, "7 of 10", if it has one)."""
+
+    name: str
+    solved: bool = False
+    attempts: int = 0
+    best_time_s: float | None = None
+    due: bool = False
+    rating: str | None = None
+
+    @property
+    def facts(self) -> str:
+        """What is written under the name, and in the text alternative after it."""
+        if not self.attempts:
+            return "not tried"
+        found = [self.rating or ("solved" if self.solved else "not solved")]
+        found.append("1 try" if self.attempts == 1 else f"{self.attempts} tries")
+        if self.best_time_s is not None:
+            minutes, seconds = divmod(int(self.best_time_s), 60)
+            found.append(f"{minutes}:{seconds:02}")
+        return ", ".join(found)
+
+
+@_picture
+def progress(lessons: Mapping[str, Sequence[Tile]]) -> Figure:
+    """Every exercise as a tile: its name, whether it is solved, tries, best time; a mark where a revisit is due."""
+    rows = [
+        (lesson if start == 0 else "", tiles[start : start + TILES_A_ROW])
+        for lesson, tiles in lessons.items()
+        for start in range(0, len(tiles), TILES_A_ROW)
+    ]
+    figure, axes = _axes(size_inches=(8.4, 1.1 + 0.66 * max(1, len(rows))))
+    for row, (_, tiles) in enumerate(rows):
+        for column, tile in enumerate(tiles):
+            _draw_tile(axes, column, row, tile)
+    axes.set(xlim=(0, TILES_A_ROW), ylim=(max(1, len(rows)), 0))
+    axes.set_xticks([])
+    labels = [lesson.replace("_", " ", 1).replace("_", "\n", 1).replace("_", " ") for lesson, _ in rows]
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], labels)
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_xlabel(
+        "blue: solved   outlined: tried   grey: not tried   orange dot: revisit due", color=MUTED, fontsize=9
+    )
+    told = "; ".join(
+        f"{lesson}: "
+        + ", ".join(f"{tile.name} ({tile.facts}{', revisit due' if tile.due else ''})" for tile in tiles)
+        for lesson, tiles in lessons.items()
+    )
+    every = [tile for tiles in lessons.values() for tile in tiles]
+    return _finish(figure, axes, title=_standing(every), alt_text=told + ".", device=None)
+
+
+def _draw_tile(axes: Axes, column: int, row: int, tile: Tile) -> None:
+    from matplotlib.patches import Rectangle
+
+    state = "solved" if tile.solved else "tried" if tile.attempts else ""
+    face, edge, ink = TILE_COLORS[state]
+    box = Rectangle((column + 0.03, row + 0.06), 0.94, 0.88, facecolor=face, edgecolor=edge, linewidth=1.4)
+    axes.add_patch(box)
+    lines = textwrap.wrap(tile.name.replace("_", " "), 18)
+    name = "\n".join(lines[:2]) + ("…" if len(lines) > 2 else "")
+    axes.text(column + 0.08, row + 0.13, name, va="top", fontsize=8.5, color=ink, linespacing=1.1)
+    axes.text(column + 0.08, row + 0.87, tile.facts, va="bottom", fontsize=7.5, color=ink)
+    if tile.due:
+        axes.plot(column + 0.9, row + 0.22, "o", markersize=8, color=ORANGE, markeredgecolor="white")
+
+
+def _standing(tiles: Sequence[Tile]) -> str:
+    exercises = [tile for tile in tiles if tile.rating is None and tile.name != "question"]
+    solved, due = sum(tile.solved for tile in exercises), sum(tile.due for tile in tiles)
+    found = f"{solved or 'None'} of {len(exercises)} exercises solved"
+    if not due:
+        return found if solved else f"{found} yet"
+    return f"{found}; {due} {'revisit is' if due == 1 else 'revisits are'} due"
+
+
 # ---------------------------------------------------------------- layers kept in memory
 
 
@@ -616,6 +704,46 @@ def loading_stages(
         stages.append(Stage("network", read_bytes, network_bits_per_s / 8))
     stages.append(Stage("copy to device", size_bytes / ranks, to_device_bytes_per_s))
     return tuple(stages)
+
+
+SPARSE_BITS = {"float32": 32, "float16": 16, "int8": 8, "int4": 4}
+
+
+def sparse_sizes(density: float, bits: int) -> dict[str, float]:
+    """Size of a sparse matrix beside the dense one, by format; the share `density` of its values is kept.
+
+    bitmask: one bit a value and the kept ones; CSR: a 32-bit column beside each kept value (row pointers, scales and
+    alignment left out); 2:4: half of the values and two bits for the place of each.
+    """
+    if not 0 <= density <= 1:
+        raise ValueError(f"density is a share between 0 and 1, not {density}")
+    return {"bitmask": density + 1 / bits, "CSR": density * (bits + 32) / bits, "2:4": 0.5 + 1 / bits}
+
+
+@_picture
+def sparse_break_even() -> Figure:
+    """Below which density a bitmask and CSR are smaller than the dense matrix, for 32 to 4 bits a value. Computed."""
+    names = list(SPARSE_BITS)
+    mask = [1 - 1 / bits for bits in SPARSE_BITS.values()]
+    columns = [bits / (bits + 32) for bits in SPARSE_BITS.values()]
+    figure, axes = _axes(size_inches=(SIZE_INCHES[0], 3.4))
+    for row, (by_mask, by_column) in enumerate(zip(mask, columns, strict=True)):
+        for offset, share, color in ((-0.19, by_mask, BLUE), (0.19, by_column, VERMILION)):
+            axes.barh(row + offset, 100 * share, height=0.34, color=color)
+            _value_beside(axes, 100 * share, row + offset, f"{100 * share:.3g} %")
+    _bars_down(axes, names)
+    axes.set_xlim(0, 118)
+    axes.set_xlabel("smaller than dense while at most this share of the values is kept (%)")
+    for place, name, color in ((0.62, "bitmask", BLUE), (0.78, "CSR, 32-bit columns", VERMILION)):
+        axes.text(place, 1.02, name, transform=axes.transAxes, color=color, fontweight="bold")
+    title = f"CSR saves nothing before {100 * (1 - columns[1]):.0f} % of float16 weights are zero"
+    parts = [
+        f"{name}: bitmask {100 * a:.3g} %, CSR {100 * b:.3g} %"
+        for name, a, b in zip(names, mask, columns, strict=True)
+    ]
+    return _finish(
+        figure, axes, title=title, alt_text=f"Break-even density. {'; '.join(parts)}.", device=None
+    )
 
 
 @_picture

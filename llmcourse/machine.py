@@ -304,6 +304,23 @@ def disk_read_bytes_per_s(folder: Path, *, size_bytes: int = 256 * 2**20) -> flo
         return read_bytes / (time.perf_counter() - start)
 
 
+def drop_from_page_cache(path: Path) -> bool:
+    """Make the next read of a file come from its disk; False where this system does not let a user do that.
+
+    The file is written out first. Pages that a process still maps stay where they are, and a file in memory (tmpfs)
+    has nowhere else to be.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def _bypass_page_cache(descriptor: int) -> bool:
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

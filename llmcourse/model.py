@@ -1,7 +1,8 @@
-"""A Llama-style decoder in one file: configuration, layers, cache, checkpoints.
+"""A Llama-style decoder in one file: layers, cache, checkpoints; `configuration` holds its shape.
 
-Modules and parameters carry the names that the Llama family has in Hugging Face checkpoints, so a checkpoint
-loads by name, and ours load in transformers. Read top to bottom.
+Llama, Mistral, Qwen2 and Qwen3 are this one decoder with a few switches. Modules and parameters carry the names
+that those have in Hugging Face checkpoints, so a checkpoint loads by name, and ours load in transformers. Read
+top to bottom.
 
 Shapes: B sequences, T tokens fed now, S tokens attended to (cached ones and the T), C hidden size, H query
 heads, K key-value heads, D head dimension, V vocabulary.
@@ -18,7 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,204 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------- configuration
-
-KNOWN_ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}
-KNOWN_ROPE_TYPES = ("default", "llama3")
-_LARGEST_MATRIX = 2**40  # 500 times the embedding of Llama-3.1-405B; beyond lie slips and overflow
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """How Llama 3.1 stretches its rotary positions beyond the context it was first trained on."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            _require_positive(f"rope_scaling.{field.name}", getattr(self, field.name), whole=False)
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"rope_scaling.low_freq_factor {self.low_freq_factor} must be below high_freq_factor "
-                f"{self.high_freq_factor}"
-            )
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a decoder, in the words of a Llama `config.json`.
-
-    Left out, `num_key_value_heads` is as many as query heads, and `head_dim` is hidden_size / heads.
-    `max_position_embeddings` is what the model was trained for; longer inputs run and are not refused.
-    """
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int = None  # type: ignore[assignment]  # filled in on construction, never None after
-    head_dim: int = None  # type: ignore[assignment]
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10_000.0
-    rope_scaling: Llama3Scaling | None = None
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
-            _require_positive(name, getattr(self, name))
-        if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"head_dim is not given and num_attention_heads {self.num_attention_heads} "
-                    f"does not divide hidden_size {self.hidden_size}"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
-            _require_positive(name, getattr(self, name))
-        for name in ("rms_norm_eps", "rope_theta"):
-            _require_positive(name, getattr(self, name), whole=False)
-        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads {self.num_key_value_heads} does not divide num_attention_heads "
-                f"{self.num_attention_heads}: each key-value head serves an equal group of query heads"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even (rotary turns pairs of values), got {self.head_dim}")
-        widest = max(self.vocab_size, self.intermediate_size, self.num_attention_heads * self.head_dim)
-        if widest * self.hidden_size > _LARGEST_MATRIX:
-            raise ValueError(
-                f"this describes a matrix of {widest * self.hidden_size:,} weights; check the sizes"
-            )
-
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """Read `folder/config.json` as transformers writes it, of version 5 (`rope_parameters`) or older.
-
-        Raises FileNotFoundError without the file; ValueError when it is not JSON, lacks a key, or asks for
-        something this decoder does not do: then running it would give wrong logits without a complaint.
-        """
-        path = Path(folder) / "config.json"
-        raw = _read_json(path)
-        _refuse_unsupported(raw, path)
-        required = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        missing = [name for name in required if raw.get(name) is None]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; a decoder needs {', '.join(required)}")
-        given = {field.name: raw[field.name] for field in fields(cls) if raw.get(field.name) is not None}
-        given |= _read_rope(raw, path)
-        try:
-            return cls(**given)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """The configuration as a `config.json` that this module and transformers (old and new) read."""
-        raw = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"} | asdict(
-            self
-        )
-        if self.rope_scaling is not None:
-            raw["rope_scaling"] = {"rope_type": "llama3"} | asdict(self.rope_scaling)
-        return raw
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
-    known = ", ".join(KNOWN_ARCHITECTURES)
-    architectures = raw.get("architectures")
-    if architectures:
-        if not isinstance(architectures, list):
-            raise ValueError(f"{path}: architectures must be a list of names, got {architectures!r}")
-        if architectures[0] not in list(KNOWN_ARCHITECTURES):
-            raise ValueError(f"{path}: architecture {architectures[0]!r} is not known; known are {known}")
-    elif raw.get("model_type") not in KNOWN_ARCHITECTURES.values():
-        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not known; known are {known}")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"{path}: hidden_act {raw['hidden_act']!r} is not known; known is silu")
-    if raw.get("sliding_window") is not None:
-        raise ValueError(
-            f"{path}: sliding_window {raw['sliding_window']} is not supported; "
-            "every token here attends to all before it"
-        )
-    if raw.get("quantization_config") is not None:
-        raise ValueError(
-            f"{path}: the checkpoint is quantized; give one stored in float32, bfloat16 or float16"
-        )
-
-
-def _read_rope(raw: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` from either spelling: version 5 puts both into `rope_parameters`."""
-    rope: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
-    for key in ("rope_scaling", "rope_parameters"):
-        part = raw.get(key) or {}
-        if not isinstance(part, dict) or any(isinstance(value, dict) for value in part.values()):
-            raise ValueError(f"{path}: {key} must be one set of values for all layers, got {part!r}")
-        rope |= part
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in KNOWN_ROPE_TYPES:
-        raise ValueError(f"{path}: rope type {kind!r} is not known; known are {', '.join(KNOWN_ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ValueError(f"{path}: partial_rotary_factor must be 1: rotary turns all of a head here")
-
-    theta = rope["rope_theta"]
-    found: dict[str, Any] = (
-        {"rope_scaling": None} if theta is None else {"rope_theta": theta, "rope_scaling": None}
-    )
-    if kind == "llama3":
-        names = [field.name for field in fields(Llama3Scaling)]
-        missing = [name for name in names if rope.get(name) is None]
-        if missing:
-            raise ValueError(
-                f"{path}: rope type 'llama3' needs {', '.join(names)}; {', '.join(missing)} missing"
-            )
-        try:
-            found["rope_scaling"] = Llama3Scaling(**{name: rope[name] for name in names})
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return found
-
-
-def _require_positive(name: str, value: Any, *, whole: bool = True) -> None:
-    right_type = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not right_type or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive {'integer' if whole else 'number'}, got {value!r}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected {path}; a checkpoint folder holds config.json and .safetensors files"
-        )
-    try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested beyond reason
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return raw
-
+from llmcourse.configuration import Llama3Scaling as Llama3Scaling
+from llmcourse.configuration import ModelConfig as ModelConfig
+from llmcourse.configuration import read_json, require_positive
 
 # ----------------------------------------------------------------------------------------------------- layers
 
@@ -364,10 +170,14 @@ class Attention(nn.Module):
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         query_width, key_value_width = self.heads * self.head_dim, self.key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
-        self.v_proj = Linear(config.hidden_size, key_value_width, bias=config.attention_bias)
+        qkv_bias = bool(config.attention_bias or config.qkv_bias)
+        self.q_proj = Linear(config.hidden_size, query_width, bias=qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_value_width, bias=qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_value_width, bias=qkv_bias)
         self.o_proj = Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        # Over the D values of a head, with one weight for all heads. Yang et al. 2025 (Qwen3), sec. 2.
+        self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cosines: Tensor, sines: Tensor, cache: KeyValueCache | None) -> Tensor:
         batch, new, _ = x.shape  # [B, T, C]
@@ -375,6 +185,8 @@ class Attention(nn.Module):
         # Keys and values, [B, K, T, D], keep their own number of heads: that is what the cache saves.
         keys = self.k_proj(x).view(batch, new, self.key_value_heads, self.head_dim).transpose(1, 2)
         values = self.v_proj(x).view(batch, new, self.key_value_heads, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
         queries, keys = rotate(queries, cosines, sines), rotate(keys, cosines, sines)
         if cache is not None:
             keys, values = cache.write(self.layer, keys, values)  # [B, K, S, D]
@@ -533,7 +345,7 @@ _LOADABLE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
 def load_checkpoint(
     folder: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Decoder:
-    """Load a Llama-family folder: config.json and one safetensors file, or shards and their index.
+    """Load the folder of a known family: config.json and one safetensors file, or shards and their index.
 
     The model is built without storage (meta device) and the file's tensors become its parameters, so nothing
     is held twice; on a CPU, in the file's dtype, they stay mapped, and only what is written to is copied.
@@ -547,15 +359,9 @@ def load_checkpoint(
     config = ModelConfig.from_folder(folder)
     state = {}
     with ExitStack() as opened:
-        sources = _open_shards(folder, opened, device)
-        if config.num_hidden_layers > len(sources):  # else a hostile number would keep us building for days
-            raise ValueError(
-                f"{folder}: config.json says num_hidden_layers {config.num_hidden_layers}, but the files hold "
-                f"{len(sources)} tensors"
-            )
-        with torch.device("meta"):
-            model = Decoder(config)
-        _check_against_model(sources, model, folder, dtype=dtype)
+        sources, model = _open_checked(folder, config, opened, device)
+        if dtype is None:
+            _refuse_mixed_dtypes(sources, folder)
         for name, (_, file) in sources.items():
             tensor = file.get_tensor(name)
             state[name] = tensor if dtype is None else tensor.to(dtype)
@@ -572,6 +378,47 @@ def load_checkpoint(
     model.tie_weights()  # assigning made two parameters of the one
     model.model.rotary_emb.reset_buffers(device)
     return model
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What the safetensors files of a checkpoint hold: their names, and values stored in each dtype."""
+
+    files: tuple[str, ...]
+    values: Mapping[torch.dtype, int]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(count * dtype.itemsize for dtype, count in self.values.items())
+
+
+def stored_weights(folder: str | Path) -> StoredWeights:
+    """What a checkpoint's files hold, from their headers: no weight is read. Checks and raises as loading does."""
+    folder = Path(folder)
+    values: dict[torch.dtype, int] = {}
+    with ExitStack() as opened:
+        sources, _ = _open_checked(folder, ModelConfig.from_folder(folder), opened, "cpu")
+        for name, (_, file) in sources.items():
+            header = file.get_slice(name)
+            dtype = _LOADABLE[header.get_dtype()]
+            values[dtype] = values.get(dtype, 0) + math.prod(header.get_shape())
+    return StoredWeights(tuple(sorted({path.name for path, _ in sources.values()})), values)
+
+
+def _open_checked(
+    folder: Path, config: ModelConfig, opened: ExitStack, device: torch.device | str
+) -> tuple[dict[str, tuple[Path, Any]], Decoder]:
+    """Open a checkpoint's files, and build the model without storage that they are found to fit."""
+    sources = _open_shards(folder, opened, device)
+    if config.num_hidden_layers > len(sources):  # else a hostile number would keep us building for days
+        raise ValueError(
+            f"{folder}: config.json says num_hidden_layers {config.num_hidden_layers}, but the files hold "
+            f"{len(sources)} tensors"
+        )
+    with torch.device("meta"):
+        model = Decoder(config)
+    _check_against_model(sources, model, folder)
+    return sources, model
 
 
 def _open_shards(folder: Path, opened: ExitStack, device: torch.device | str) -> dict[str, tuple[Path, Any]]:
@@ -606,7 +453,7 @@ def _open_shards(folder: Path, opened: ExitStack, device: torch.device | str) ->
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    placed = _read_json(path).get("weight_map")
+    placed = read_json(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise ValueError(f"{path} must hold a weight_map from tensor names to shard files, got {placed!r}")
     for name, shard in placed.items():
@@ -618,9 +465,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     return placed
 
 
-def _check_against_model(
-    sources: Mapping[str, tuple[Path, Any]], model: Decoder, folder: Path, *, dtype: torch.dtype | None
-) -> None:
+def _check_against_model(sources: Mapping[str, tuple[Path, Any]], model: Decoder, folder: Path) -> None:
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings and "lm_head.weight" not in sources:
         del wanted["lm_head.weight"]
@@ -633,7 +478,6 @@ def _check_against_model(
             f"{folder} does not hold the tensors that its config.json describes: {'; '.join(complaints)}"
         )
 
-    dtypes: dict[str, str] = {}  # a dtype, and the first tensor stored in it
     for name, (path, file) in sources.items():
         header = file.get_slice(name)
         if list(header.get_shape()) != wanted[name]:
@@ -644,8 +488,13 @@ def _check_against_model(
             raise ValueError(
                 f"{path}: {name} is stored as {header.get_dtype()}; expected one of {', '.join(_LOADABLE)}"
             )
-        dtypes.setdefault(header.get_dtype(), name)
-    if dtype is None and len(dtypes) > 1:
+
+
+def _refuse_mixed_dtypes(sources: Mapping[str, tuple[Path, Any]], folder: Path) -> None:
+    dtypes: dict[str, str] = {}  # a dtype, and the first tensor stored in it
+    for name, (_, file) in sources.items():
+        dtypes.setdefault(file.get_slice(name).get_dtype(), name)
+    if len(dtypes) > 1:
         stored = ", ".join(f"{name} as {kind}" for kind, name in dtypes.items())
         raise ValueError(
             f"{folder} mixes dtypes ({stored}); say which to load all in, as in dtype=torch.float32"
@@ -720,7 +569,7 @@ def _split(state: Mapping[str, Tensor], max_shard_bytes: int | None) -> Iterator
     if max_shard_bytes is None:
         yield list(state)
         return
-    _require_positive("max_shard_bytes", max_shard_bytes)
+    require_positive("max_shard_bytes", max_shard_bytes)
     # 8 bytes of length, the metadata, up to 8 of padding; then, for each tensor, what the header says of it.
     empty_bytes = 8 + len('{"__metadata__":{"format":"pt"}}') + 8
     shard: list[str] = []

@@ -50,6 +50,7 @@ NEVER_RUN_BY_LESSONS = {
     "cli",
     "interview",
     "interview_source",
+    "interview_words",
     "leaks",
     "lesson_text",
     "notebook",

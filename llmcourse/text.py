@@ -13,15 +13,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import sysconfig
 import tokenize
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer
     from torch import Tensor
 
@@ -47,6 +50,7 @@ tracemalloc tty types typing unittest urllib uuid warnings wave weakref webbrows
 zipfile zipimport zoneinfo
 """
 MODULES = tuple(_NAMES.split())
+_SHIPPED = Path(__file__).parent / "checkpoints"
 # One module in twelve is held out: 13 of them, about 7 % of the characters on Python 3.11, prose and code.
 _HELD_OUT_EVERY = 12
 
@@ -112,8 +116,10 @@ def _read_source(file: Path) -> str:
 def tokenizer(vocab_size: int = 1024) -> Tokenizer:
     """A byte-level BPE tokenizer trained on the training split: every text encodes, and decodes to itself.
 
-    Token 0 ends a document; 256 more stand for the bytes. Trained once (seconds), then read from the cache
-    folder: LLMCOURSE_CACHE, or `llmcourse` in XDG_CACHE_HOME or ~/.cache. Sennrich et al. 2016; bytes: GPT-2.
+    Token 0 ends a document; 256 more stand for the bytes. That of 1024 tokens comes with the zoo, whose models
+    know no other: a corpus of another Python would give other tokens. Every other size is trained once (seconds),
+    then read from the cache folder: LLMCOURSE_CACHE, or `llmcourse` in XDG_CACHE_HOME or ~/.cache.
+    Sennrich et al. 2016; bytes: GPT-2.
     """
     if vocab_size < 257:
         raise ValueError(
@@ -121,14 +127,21 @@ def tokenizer(vocab_size: int = 1024) -> Tokenizer:
         )
     from tokenizers import Tokenizer
 
+    shipped = _SHIPPED / f"tokenizer-{vocab_size}.json"
+    made = Tokenizer.from_str(
+        shipped.read_text(encoding="utf-8") if shipped.exists() else _trained_once(vocab_size)
+    )
+    made.encode_special_tokens = True  # a document that spells the end token out does not end there
+    return made
+
+
+def _trained_once(vocab_size: int) -> str:
     file = cache_folder() / f"tokenizer-{fingerprint()}-{vocab_size}.json"
     trained = _read_cached(file)
     if trained is None:
         trained = _train(vocab_size).to_str()
-        _write_cached(file, trained)
-    made = Tokenizer.from_str(trained)
-    made.encode_special_tokens = True  # a document that spells the end token out does not end there
-    return made
+        _write_cached(file, trained.encode())
+    return trained
 
 
 def _train(vocab_size: int) -> Tokenizer:
@@ -164,14 +177,14 @@ def _read_cached(file: Path) -> str | None:
     return text
 
 
-def _write_cached(file: Path, text: str) -> None:
+def _write_cached(file: Path, content: bytes) -> None:
     """Write by rename, so that no reader ever sees half a file."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-    # A home that cannot be written (a jail, a full disk) costs the seconds of training again, nothing else.
+    # A home that cannot be written (a jail, a full disk) costs the seconds of making it again, nothing else.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_bytes(content)
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -196,8 +209,23 @@ def decode(tokens: list[int], *, vocab_size: int = 1024) -> str:
 
 @functools.cache
 def corpus_tokens(split: Split, *, vocab_size: int = 1024) -> Tensor:
-    """A split as one int64 tensor of tokens, each document followed by token 0. Shared: do not write to it."""
+    """A split as one int64 tensor of tokens, each document followed by token 0. Shared: do not write to it.
+
+    Encoded once (seconds), then read from the cache folder.
+    """
     import torch
+
+    spelled = hashlib.sha256(tokenizer(vocab_size).to_str().encode()).hexdigest()[:8]
+    file = cache_folder() / f"tokens-{fingerprint()}-{vocab_size}-{spelled}-{split}.npz"
+    stream = _read_cached_tokens(file, vocab_size)
+    if stream is None:
+        stream = _encode_corpus(split, vocab_size)
+        _write_cached_tokens(file, stream)
+    return torch.from_numpy(stream.astype("int64"))
+
+
+def _encode_corpus(split: Split, vocab_size: int) -> np.ndarray:
+    import numpy as np
 
     made = tokenizer(vocab_size)
     end = made.token_to_id(END_OF_DOCUMENT)
@@ -206,7 +234,28 @@ def corpus_tokens(split: Split, *, vocab_size: int = 1024) -> Tensor:
     for encoded in made.encode_batch(corpus(split)):
         stream += encoded.ids
         stream.append(end)
-    return torch.tensor(stream, dtype=torch.int64)
+    return np.array(stream, dtype=np.min_scalar_type(vocab_size - 1))  # uint16 for every usual vocabulary
+
+
+def _read_cached_tokens(file: Path, vocab_size: int) -> np.ndarray | None:
+    """The stream; None when the file is absent or damaged (its container keeps a CRC-32 of the content)."""
+    import numpy as np
+
+    try:
+        with np.load(file) as archive:
+            stream = archive["tokens"]
+    except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile):
+        return None
+    sound = stream.ndim == 1 and stream.dtype == np.min_scalar_type(vocab_size - 1)
+    return stream if sound and stream.max(initial=0) < vocab_size else None
+
+
+def _write_cached_tokens(file: Path, stream: np.ndarray) -> None:
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez(content, tokens=stream)
+    _write_cached(file, content.getvalue())
 
 
 def batches(

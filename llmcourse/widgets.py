@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmcourse import figures
+from llmcourse import figures, sizing
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
 
 BYTES_PER_PARAMETER: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+SHARDS = [1, 2, 4, 8, 16, 30, 64, 191]
 READS = {"its own slice": False, "the whole checkpoint": True}
 
 
@@ -30,14 +31,18 @@ def cached_layers(n: int = 32, *, tokens: int = 50, k: int | None = None) -> VBo
     return _redrawn(lambda k: figures.lru_hits(n=n, tokens=tokens, k=k), {"k": slider})
 
 
-def checkpoint_cost(parameters: Mapping[str, int], *, ranks: int = 8) -> VBox | None:
-    """How long a checkpoint takes to load, stage by stage, for a model, a dtype, ranks and link speeds.
+def checkpoint_cost(parameters: Mapping[str, int] | None = None, *, ranks: int = 8) -> VBox | None:
+    """How long a checkpoint takes to load, stage by stage, for a model, a dtype, shards, ranks and link speeds.
 
-    parameters: model name -> its number of parameters (see `figures.loading_stages` for what is left out;
-    scales of the integer formats are left out too).
+    parameters: model name -> its number of parameters; the public configurations of `sizing` unless given (see
+    `figures.loading_stages` for what is left out; scales of the integer formats are left out too).
     """
     if figures.inert():
         return None
+    if parameters is None:
+        parameters = {
+            name: sizing.parameter_breakdown(config).total for name, config in sizing.PUBLIC_CONFIGS.items()
+        }
     if not parameters:
         raise ValueError("no models: pass a mapping from model name to its number of parameters")
     import ipywidgets
@@ -52,6 +57,7 @@ def checkpoint_cost(parameters: Mapping[str, int], *, ranks: int = 8) -> VBox | 
         "dtype": ipywidgets.Dropdown(
             options=list(BYTES_PER_PARAMETER), value="bfloat16", description="dtype"
         ),
+        "shards": ipywidgets.SelectionSlider(options=SHARDS, value=1, description="files"),
         "ranks": ipywidgets.SelectionSlider(
             options=sorted({1, 2, 4, 8, 16, 32, 64, ranks}), value=ranks, description="ranks"
         ),
@@ -72,6 +78,7 @@ def _load_time(
     *,
     model: str,
     dtype: str,
+    shards: int,
     ranks: int,
     reads: str,
     disk_gb_per_s: float,
@@ -79,15 +86,17 @@ def _load_time(
     to_device_gb_per_s: float,
     remote: bool,
 ) -> Any:
+    size_bytes = parameters[model] * BYTES_PER_PARAMETER[dtype]
     stages = figures.loading_stages(
-        parameters[model] * BYTES_PER_PARAMETER[dtype],
+        size_bytes,
         ranks=ranks,
         disk_bytes_per_s=disk_gb_per_s * 1e9,
         to_device_bytes_per_s=to_device_gb_per_s * 1e9,
         network_bits_per_s=network_gbit_per_s * 1e9 if remote else None,
         each_reads_everything=READS[reads],
     )
-    return figures.load_time(stages, what=f"{model} in {dtype}")
+    files = f", {shards} files of {size_bytes / shards / 1e9:.3g} GB," if shards > 1 else ""
+    return figures.load_time(stages, what=f"{model} in {dtype}{files}")
 
 
 def _redrawn(draw: Callable[..., Any], controls: Mapping[str, Any]) -> VBox:

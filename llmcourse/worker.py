@@ -248,6 +248,7 @@ class NoLessons(importlib.abc.MetaPathFinder):
 # Audit events (PEP 578) with a path among their arguments, and those that start another program.
 PATH_EVENTS = {
     "open",
+    "import",
     "os.listdir",
     "os.scandir",
     "os.link",
@@ -369,7 +370,6 @@ class Worker:
     def load(self, message: dict[str, Any]) -> None:
         if not message["trusted"]:
             sys.meta_path.insert(0, NoLessons())
-            sys.addaudithook(wall(message["closed"]))
         # Never left again: a worker serves one exercise.
         self.forbidden = contextlib.ExitStack()
         try:
@@ -378,6 +378,8 @@ class Worker:
             fault = f"forbid={message['forbid']}: {unknown}"
             self.channel.send({"loaded": True, "errors": [], "case_error": fault, "names": []})
             return
+        if not message["trusted"]:
+            sys.addaudithook(wall(message["closed"]))
         reset(message["seed"])
         errors: list[dict[str, Any]] = []
         for index, (label, text) in enumerate(message["parts"]):

@@ -5,12 +5,14 @@
         01_parameter_loading.ipynb             the learner's own: copied once, never overwritten
         01_parameter_loading.new.ipynb         a newer version of the lesson, offered beside it
         01_parameter_loading.2026-11-23-181500.ipynb    what `reset` put aside
+      interviews/                              notebooks of interviews, each written once, never overwritten
       progress.json                            attempts, best points and times of each exercise
+      interviews.json                          interviews, and when to come back to what (llmcourse.interview_record)
       .copies.json                             which version of each lesson was copied and offered
       .lock
 
 Every file is written beside its place, flushed, then moved there whole; nothing that exists is moved over, except
-the two JSON files and an offer nobody has edited. So an interruption, a full disk or a second process can leave a
+the JSON files and an offer nobody has edited. So an interruption, a full disk or a second process can leave a
 `.partial` file behind (removed by the next `prepare`), never a lost or half-written one.
 """
 
@@ -251,7 +253,7 @@ def _remember(work: Path, copies: dict[str, dict[str, str]], own: Path, what: st
     entry = copies.setdefault(_key(work, own), {})
     if entry.get(what) != digest:
         entry[what] = digest
-        _write_json(work / ".copies.json", copies)
+        write_json(work / ".copies.json", copies)
 
 
 # -------------------------------------------------------------------------------------------------- progress
@@ -335,8 +337,7 @@ def _read_progress(work: Path, *, put_aside: bool) -> tuple[dict[str, ExercisePr
                 {},
                 f"{path} is damaged ({error}); the next check keeps it under a dated name and starts anew",
             )
-        aside = _free_name(path, f".damaged-{datetime.now():%Y-%m-%d-%H%M%S}")
-        _move_to_free_place(path, aside)
+        aside = set_aside(path)
         return (
             {},
             f"The progress file was damaged ({error}); it is kept as {aside.name}, and a new one was started.",
@@ -373,7 +374,7 @@ def _parse_entry(name: str, entry: Any) -> ExerciseProgress:
 
 def _write_progress(work: Path, entries: dict[str, ExerciseProgress]) -> None:
     exercises = {name: asdict(entry) for name, entry in sorted(entries.items())}
-    _write_json(work / "progress.json", {"version": VERSION, "exercises": exercises})
+    write_json(work / "progress.json", {"version": VERSION, "exercises": exercises})
 
 
 # -------------------------------------------------------------------------------- files, whole or not at all
@@ -386,7 +387,33 @@ def write(path: Path, content: bytes) -> None:
         os.replace(_write_beside(path, content), path)
 
 
-def _write_json(path: Path, content: object) -> None:
+def create(path: Path, content: bytes) -> None:
+    """Write a new file whole; FileExistsError where one of that name is, which stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _write_beside(path, content)
+    try:
+        _move_to_free_place(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to a dated name, where nothing will touch it again; returns that name."""
+    aside = _free_name(path, f".damaged-{datetime.now():%Y-%m-%d-%H%M%S}")
+    _move_to_free_place(path, aside)
+    return aside
+
+
+@contextlib.contextmanager
+def held(place: Path | None = None) -> Iterator[Path]:
+    """The workspace, kept from every other process meanwhile; WorkspaceError when it cannot be read or written."""
+    work = folder(place)
+    with _told_in_one_line(work), _locked(work):
+        yield work
+
+
+def write_json(path: Path, content: object) -> None:
+    """Put a JSON file of ours into the workspace, whole, over an earlier one; ValueError for NaN and infinity."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     os.replace(_write_beside(path, text.encode()), path)
 

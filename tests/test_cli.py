@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from llmcourse import cli, workspace
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ["doctor", "lab", "check", "hint", "reset", "progress", "audit"]
+COMMANDS = ["doctor", "lab", "check", "hint", "reset", "interview", "progress", "audit", "train"]
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +97,7 @@ def test_without_a_command_the_help_is_shown_once(capsys: pytest.CaptureFixture[
         (["lab", "--port", "x"], "--port"),
         (["progress", "--wrong"], "--wrong"),
         (["audit", "--seeds", "0"], "--seeds"),
+        (["interview", "01", "--minutes", "many"], "--minutes"),
     ],
     ids=" ".join,
 )
@@ -368,6 +370,65 @@ def test_reset_names_what_it_kept(clone: Path, capsys: pytest.CaptureFixture[str
     assert "Already fresh" in capsys.readouterr().out
 
 
+@pytest.fixture
+def questions(clone: Path) -> None:
+    """Give the clone's lesson an import cell and a question."""
+    (clone / "notebooks" / "01_parameter_loading" / "01_parameter_loading.ipynb").write_text(
+        json.dumps({"cells": [{"cell_type": "code", "source": ["import math"]}]})
+    )
+    source = REPOSITORY / "solutions" / "01_parameter_loading" / "interview.toml"
+    folder = clone / "solutions" / "01_parameter_loading"
+    folder.mkdir()
+    (folder / "interview.toml").write_bytes(source.read_bytes())
+
+
+def test_interview_writes_a_notebook_names_it_and_goes_on_with_it(
+    questions: None, clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("interview", "01", "--minutes", "9", "--json") == 0
+    taken = json.loads(capsys.readouterr().out)
+    assert Path(taken["notebook"]).is_file() and not taken["resumed"]
+    assert [part["name"] for part in taken["parts"]] == ["parameter_loading"]
+    assert run("interview", "1", "--minutes", "9") == 0
+    shown = capsys.readouterr().out
+    assert taken["notebook"] in shown and "unfinished" in shown and "llmcourse lab" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["01", "--minutes", "2"], "2 minutes are too few: the shortest part takes 5"),
+        (["01", "--minutes", "nan"], "expected a number above 0, such as 20; found nan"),
+        (["07"], "no lesson is named '07'"),
+        ([], "expected a lesson, such as 01, or a mixed interview"),
+        (["--report"], "begin with `llmcourse interview 01`"),
+    ],
+    ids=" ".join,
+)
+def test_an_interview_that_cannot_be_is_one_line(
+    questions: None, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    assert run("interview", *arguments) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and says in shown.err
+
+
+def test_the_report_of_an_interview_is_text_or_json_and_can_end_it(
+    questions: None, clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("interview", "01", "--minutes", "9")
+    path = clone / "work" / "interviews.json"
+    found = json.loads(path.read_text())
+    (name,) = found["interviews"]
+    found["interviews"][name] |= {"begun": "2026-11-23T18:00:00+00:00", "elapsed_s": 60.0}
+    path.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert run("interview", "--report") == 0
+    assert "1:00 of 9:00 gone" in capsys.readouterr().out
+    assert run("interview", "--end", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["finished"]
+
+
 def test_progress_before_anything_was_tried_says_how_to_begin(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("progress") == 0
     assert "llmcourse lab" in capsys.readouterr().out
@@ -383,7 +444,24 @@ def test_progress_shows_points_attempts_and_their_sum(
     shown = capsys.readouterr().out
     assert "read_header" in shown and "2 / 3" in shown and "3.5 / 6" in shown
     assert run("progress", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["load_parallel"]["best_points"] == 1.5
+    found = json.loads(capsys.readouterr().out)["load_parallel"]
+    assert (found["best_points"], found["attempts"], found["best_time_s"], found["due"]) == (
+        1.5,
+        1,
+        None,
+        None,
+    )
+
+
+def test_progress_is_drawn_into_the_workspace_when_asked(
+    questions: None, clone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NBGRADER_EXECUTION", "LLMCOURSE_GRADING"):
+        monkeypatch.delenv(name, raising=False)
+    workspace.prepare()
+    assert run("progress", "--picture") == 0
+    assert str(clone / "work" / "progress.png") in capsys.readouterr().err
+    assert (clone / "work" / "progress.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_damaged_progress_is_a_warning_on_stderr_and_not_in_the_json(
@@ -477,6 +555,153 @@ def test_doctor_prints_the_rates_and_draws_the_roofline(
         "bandwidth, dtype, 200 GFLOP/s over 20 GB/s"
     )
     assert (clone / "work" / "roofline.png").read_bytes() == b"a picture"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A Qwen2 of 2 layers in bfloat16, in several files."""
+    import torch
+
+    from llmcourse.model import Decoder, ModelConfig, save_checkpoint
+
+    config = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        qkv_bias=True,
+        max_position_embeddings=4096,
+    )
+    model = Decoder(config).to(torch.bfloat16)
+    save_checkpoint(model, tmp_path / "model", max_shard_bytes=16_000)
+    return tmp_path / "model"
+
+
+# By hand: q and o are 32 x 64, k and v 32 x 32, with biases on q, k and v; norms are 2 a layer and 1 at the end.
+ATTENTION = 2 * (2 * 32 * 64 + 2 * 32 * 32 + 64 + 2 * 32)
+TOTAL = 64 * 32 + ATTENTION + 2 * 3 * 32 * 48 + 5 * 32 + 64 * 32
+
+
+def test_doctor_says_what_a_checkpoint_is_costs_and_where_it_fits(
+    probed: None, clone: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("doctor", "--model", str(checkpoint), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["family"], found["architecture"]) == ("qwen2", "Qwen2ForCausalLM")
+    assert found["parameters"]["attention"] == ATTENTION and found["parameters"]["total"] == TOTAL
+    assert found["stored_values"] == {"bfloat16": TOTAL} and found["stored_bytes"] == 2 * TOTAL
+    assert found["files"] == sorted(path.name for path in checkpoint.glob("*.safetensors"))
+    assert len(found["files"]) > 1
+    assert (found["dtype"], found["context_tokens"]) == ("bfloat16", 4096)
+    costs = {
+        each["dtype"]: (each["weight_bytes"], each["cache_bytes_per_token"]) for each in found["serving"]
+    }
+    # A key and a value of 16, for 2 heads in 2 layers: 128 values a token; bfloat16 beside integers.
+    assert costs == {
+        "bfloat16": (2 * TOTAL, 256),
+        "float32": (4 * TOTAL, 512),
+        "int8": (TOTAL, 256),
+        "int4": (TOTAL // 2, 256),
+    }
+    assert found["training"]["total_bytes"] == 16 * TOTAL
+    (fit,) = found["fits"]
+    assert (fit["device"], fit["memory_bytes"], fit["trains"]) == ("cpu", 8 * 2**30, True)
+    assert fit["cache_tokens"]["bfloat16"] == (8 * 2**30 - 2 * TOTAL) // 256
+    assert not (clone / "work").exists()
+
+
+def test_doctor_shows_a_checkpoint_as_tables(
+    probed: None, clone: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("doctor", "--model", str(checkpoint)) == 0
+    shown = capsys.readouterr().out
+    assert f"{checkpoint}: Qwen2ForCausalLM (qwen2)" in shown
+    assert f"{TOTAL:,} in bfloat16" in shown and "context of 4,096 tokens" in shown
+    assert f"{2 * TOTAL / 1024:.1f} KiB" in shown and "room on cpu, 8.0 GiB" in shown
+    assert f"{(8 * 2**30 - 2 * TOTAL) // 256:,} tokens" in shown
+    assert "does not fit" not in shown and "No fast float16" not in shown
+    assert not (clone / "work").exists()
+
+
+def test_doctor_says_what_does_not_fit(
+    probed: None, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcourse import machine
+
+    # Room for bfloat16 weights and 3 tokens, not for float32 ones, and not for training.
+    cpu = machine.Device("cpu", "A processor", 2 * TOTAL + 3 * 256 + 255, 20e9, {"float32": 100e9})
+    gpu = machine.Device("cuda:0", "A board", 16 * TOTAL, 1e12, {"float16": 1e14}, 10e9)
+    found = machine.Machine("Linux x86_64", "2.13.0", 4, 10e9, (cpu, gpu))
+    monkeypatch.setattr(machine, "probe", lambda refresh=False: found)
+    assert run("doctor", "--model", str(checkpoint), "--json") == 0
+    on_cpu, on_gpu = json.loads(capsys.readouterr().out)["fits"]
+    assert (on_cpu["cache_tokens"]["bfloat16"], on_cpu["cache_tokens"]["float32"]) == (3, None)
+    assert (on_cpu["trains"], on_gpu["trains"]) == (False, True)
+    assert run("doctor", "--model", str(checkpoint)) == 0
+    assert capsys.readouterr().out.count("does not fit") == 2
+
+
+def test_doctor_warns_of_float16_where_it_is_slow(
+    probed: None, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from llmcourse.model import load_checkpoint, save_checkpoint
+
+    save_checkpoint(load_checkpoint(checkpoint, dtype=torch.float16), tmp_path / "half")
+    assert run("doctor", "--model", str(tmp_path / "half")) == 0
+    assert "No fast float16 product on cpu: load the files in float32 or bfloat16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json; a checkpoint folder holds"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "gpt2"}'),
+            "'gpt2' is not known; known are LlamaForCausalLM",
+        ),
+        (lambda folder: next(folder.glob("*.safetensors")).unlink(), "which is not in the folder"),
+        (
+            lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"cut"),
+            "not a sound safetensors file",
+        ),
+    ],
+    ids=["no config", "damaged config", "another architecture", "missing shard", "damaged shard"],
+)
+def test_doctor_of_no_sound_checkpoint_is_one_line_and_measures_nothing(
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    says: str,
+) -> None:
+    from llmcourse import machine
+
+    monkeypatch.setattr(machine, "probe", lambda refresh=False: pytest.fail("measured"))
+    damage(checkpoint)
+    assert run("doctor", "--model", str(checkpoint)) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and says in shown.err
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "shown"),
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (2**30, "1.0 GiB"),
+        (2**52, "4,096.0 TiB"),
+    ],
+)
+def test_sizes_are_shown_in_the_largest_unit_they_fill(size_bytes: int, shown: str) -> None:
+    assert cli._binary(size_bytes) == shown
 
 
 def test_doctor_as_json_prints_the_measurement_and_draws_nothing(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmcourse import figures, machine
-from llmcourse.figures import Point, layer_loads, loading_stages
+from llmcourse.figures import Point, Tile, layer_loads, loading_stages
 from llmcourse.machine import Device, Machine
 
 CPU = Device(
@@ -50,6 +50,11 @@ PICTURES: dict[str, tuple[Callable[[], Any], str, str]] = {
         "1 of 1 fit: LRU reads 1.0 a token, pinned 1.0, optimal 1.0",
         "every policy reads 1.00",
     ),
+    "break-even of sparse formats": (
+        lambda: figures.sparse_break_even(),
+        "CSR saves nothing before 67 % of float16 weights are zero",
+        "float32: bitmask 96.9 %, CSR 50 %; float16: bitmask 93.8 %, CSR 33.3 %; int8: bitmask 87.5 %, CSR 20 %",
+    ),
     "bars": (
         lambda: figures.bars({"slow": [0.5, 0.52, 0.6], "fast": [0.1, 0.104, 0.2]}, highlight="fast"),
         "fast is 5.0 times faster than slow",
@@ -78,6 +83,27 @@ PICTURES: dict[str, tuple[Callable[[], Any], str, str]] = {
         lambda: figures.memory_over_time({name: [(0.0, 5e6)] for name in "abcd"}),
         "Memory peaks at 5.00 MB",
         "d 5.00 MB",
+    ),
+    "progress": (
+        lambda: figures.progress(
+            {
+                "01_parameter_loading": [
+                    Tile("load_without_double_memory", True, 3, 450.0, True),
+                    Tile("load_parallel", attempts=1),
+                    *[Tile(f"exercise_{number}") for number in range(4)],
+                    Tile("question", attempts=2, rating="7 of 10", due=True),
+                ],
+                "02_inference": [Tile("decode", solved=True, attempts=12)],
+            }
+        ),
+        "2 of 7 exercises solved; 2 revisits are due",
+        "load_without_double_memory (solved, 3 tries, 7:30, revisit due), load_parallel (not solved, 1 try), "
+        "exercise_0 (not tried)",
+    ),
+    "progress before anything was tried": (
+        lambda: figures.progress({"01_parameter_loading": [Tile("read_header")]}),
+        "None of 1 exercises solved yet",
+        "read_header (not tried)",
     ),
     "load time": (
         lambda: figures.load_time(STAGES, what="Loading 141 GB"),
@@ -327,3 +353,22 @@ def test_tensors_are_counted_by_the_part_they_belong_to() -> None:
         "attention": 2,
         "token embedding": 1,
     }
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_sparse_sizes_are_those_of_the_bytes_stored(bits: int) -> None:
+    """Counted on a matrix whose values, mask bits and columns are laid out in full."""
+    rows, columns, kept = 64, 128, 16
+    values, dense = rows * kept * bits, rows * columns * bits
+    stored = {
+        "bitmask": values + rows * columns,
+        "CSR": values + rows * kept * 32,
+        "2:4": rows * columns // 2 * (bits + 2),
+    }
+    sizes = figures.sparse_sizes(kept / columns, bits)
+    assert sizes == pytest.approx({name: stored[name] / dense for name in stored})
+
+
+def test_a_density_beyond_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="density is a share between 0 and 1, not 1.5"):
+        figures.sparse_sizes(1.5, 16)

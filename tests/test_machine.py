@@ -247,3 +247,17 @@ def test_the_disk_is_read_whole_and_left_clean(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(machine, "_bypass_page_cache", lambda descriptor: False)
     assert machine.disk_read_bytes_per_s(tmp_path, size_bytes=2**23) is None
+
+
+def test_a_file_dropped_from_the_page_cache_is_still_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(range(256)) * 64)
+    assert machine.drop_from_page_cache(file) is hasattr(os, "posix_fadvise")
+    assert file.read_bytes() == bytes(range(256)) * 64
+    monkeypatch.delattr(machine.os, "posix_fadvise", raising=False)
+    assert machine.drop_from_page_cache(file) is False
+    with pytest.raises(FileNotFoundError):
+        monkeypatch.undo()
+        machine.drop_from_page_cache(tmp_path / "absent")

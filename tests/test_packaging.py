@@ -76,7 +76,7 @@ def test_the_licence_and_the_changelog_are_there() -> None:
 # ------------------------------------------------------------------------------------------ imports point one way
 
 MEASURES = {"exercise", "counting", "racing", "machine", "sizing"}
-MODELS = {"model", "text", "zoo"}
+MODELS = {"appraisal", "configuration", "model", "text", "training", "zoo"}
 JUDGES = {
     *(
         "judging",
@@ -92,7 +92,8 @@ JUDGES = {
     ),
     *("wire", "worker", "zygote"),
 }
-BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks", "interview"}
+INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_words", "standing"}
+BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS
 PICTURES = {"figures", "widgets"}
 PLACED = MEASURES | MODELS | JUDGES | BUILDERS | PICTURES | {"workspace", "lessons", "cli", "benchmarks"}
 
@@ -107,7 +108,7 @@ def forbidden(importer: str) -> set[str]:
     if importer in JUDGES:
         return everyone | MODELS | BUILDERS | {"lessons"}
     if importer == "lessons":
-        return PLACED - MEASURES - MODELS - {"lessons"}
+        return PLACED - MEASURES - MODELS - {"lessons", "agreement"}  # a judge compares as others do
     if importer in PICTURES | {"workspace"}:
         return everyone | JUDGES | BUILDERS | {"lessons"}
     return everyone
@@ -188,15 +189,25 @@ def loaded_by(program: str) -> set[str]:
     return set(done.stderr.split())
 
 
-HEAVY = {"torch", "numpy", "matplotlib", "nbgrader", "ipywidgets", "IPython", "transformers", "jupyterlab"}
+HEAVY = {
+    "torch",
+    "numpy",
+    "matplotlib",
+    "nbgrader",
+    "nbformat",
+    "ipywidgets",
+    "IPython",
+    "transformers",
+    "jupyterlab",
+}
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_by("import llmcourse") & HEAVY == set()
 
 
-@pytest.mark.parametrize("command", ["--help", "check --help", "progress --json"])
-def test_help_and_progress_load_nothing_heavy(
+@pytest.mark.parametrize("command", ["--help", "check --help", "progress --json", "interview 01 --json"])
+def test_help_progress_and_a_new_interview_load_nothing_heavy(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLMCOURSE_WORKSPACE", str(tmp_path))
@@ -481,6 +492,8 @@ def test_a_wheel_carries_the_lessons_and_their_data(tmp_path: Path) -> None:
     lesson = root / "notebooks" / "01_parameter_loading"
     lesson.mkdir(parents=True)
     (lesson / "01_parameter_loading.ipynb").write_text("a lesson")
+    (root / "solutions" / lesson.name).mkdir(parents=True)
+    (root / "solutions" / lesson.name / "interview.toml").write_text("its questions")
     offline = ["--no-build-isolation", "--no-deps", "--no-index"]
     command = [sys.executable, "-m", "pip", "wheel", "-q", *offline, "-w", str(tmp_path), str(root)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -489,5 +502,8 @@ def test_a_wheel_carries_the_lessons_and_their_data(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert "llmcourse/notebooks/01_parameter_loading/01_parameter_loading.ipynb" in names
+    assert "llmcourse/notebooks/01_parameter_loading/interview.toml" in names
     assert {f"llmcourse/{path.relative_to(PACKAGE).as_posix()}" for path in MODULES} <= names
+    zoo = [path for path in PACKAGE.glob("checkpoints/**/*") if path.is_file()]
+    assert zoo and {f"llmcourse/{path.relative_to(PACKAGE).as_posix()}" for path in zoo} <= names
     assert not any(name.startswith(("tests/", "grading/", "solutions/")) for name in names)

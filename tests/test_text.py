@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import io
+import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -203,6 +207,18 @@ def test_training_twice_gives_the_same_tokenizer(small):
     assert text._train(300).to_str() == text._train(300).to_str()
 
 
+def test_the_tokenizer_that_comes_with_the_zoo_is_neither_trained_nor_cached(small, trainings):
+    assert tokenizer(1024).get_vocab_size() == 1024
+    assert trainings == [] and not small.exists()
+
+
+def test_the_tokenizer_that_comes_with_the_zoo_is_what_training_gives():
+    recorded = json.loads((text._SHIPPED / "teacher" / "training.json").read_bytes())["corpus_fingerprint"]
+    if fingerprint() != recorded:
+        pytest.skip(f"the corpus of this Python is {fingerprint()}, the tokenizer was trained on {recorded}")
+    assert json.loads(text._train(1024).to_str()) == json.loads(tokenizer(1024).to_str())
+
+
 def test_a_trained_tokenizer_is_read_from_the_cache(small, trainings):
     first = tokenizer(280)
     tokenizer.cache_clear()
@@ -250,7 +266,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(small, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Path, "replace", fail)
-    text._write_cached(file, "new")
+    text._write_cached(file, b"new")
     assert list(small.iterdir()) == [file] and file.read_bytes() == before
 
 
@@ -275,6 +291,102 @@ def test_the_token_stream_holds_every_document_and_its_end(small, split):
     spelled_out = decode(stream.tolist(), vocab_size=300)
     assert spelled_out == "".join(document + text.END_OF_DOCUMENT for document in corpus(split))
     assert (stream == 0).sum() == len(corpus(split)) > 0
+
+
+@pytest.fixture
+def encodings(monkeypatch) -> list[tuple[str, int]]:
+    """The splits and vocabulary sizes encoded so far."""
+    made: list[tuple[str, int]] = []
+    encode_corpus = text._encode_corpus
+    monkeypatch.setattr(
+        text, "_encode_corpus", lambda *arguments: made.append(arguments) or encode_corpus(*arguments)
+    )
+    return made
+
+
+def cached_streams(folder: Path) -> list[Path]:
+    return sorted(folder.glob("tokens-*"))
+
+
+def test_an_encoded_split_is_read_from_the_cache(small, encodings):
+    first = corpus_tokens("train", vocab_size=300)
+    corpus_tokens.cache_clear()
+    again = corpus_tokens("train", vocab_size=300)
+    assert torch.equal(first, again) and again.dtype == torch.int64
+    assert encodings == [("train", 300)]
+    (file,) = cached_streams(small)
+    assert re.fullmatch(f"tokens-{fingerprint()}-300-[0-9a-f]{{8}}-train.npz", file.name)
+
+
+def test_another_tokenizer_of_the_same_size_encodes_anew(small, encodings, monkeypatch):
+    corpus_tokens("train", vocab_size=300)
+    other = text._train(260)
+    corpus_tokens.cache_clear()
+    monkeypatch.setattr(text, "tokenizer", lambda vocab_size: other)
+    corpus_tokens("train", vocab_size=300)
+    assert encodings == [("train", 300)] * 2
+
+
+def test_each_split_size_and_corpus_is_encoded_by_itself(small, encodings, monkeypatch):
+    corpus_tokens("train", vocab_size=300)
+    corpus_tokens("held_out", vocab_size=300)
+    corpus_tokens("train", vocab_size=301)
+    monkeypatch.setattr(text, "_documents", lambda: SMALL_CORPUS[:2])
+    for function in CACHED[1:]:
+        function.cache_clear()
+    corpus_tokens("train", vocab_size=300)
+    assert encodings == [("train", 300), ("held_out", 300), ("train", 301), ("train", 300)]
+    assert len(cached_streams(small)) == 4
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    # The array is the middle of the file; a changed token is still a token, so only the CRC can tell.
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def rewritten(stream: np.ndarray, name: str = "tokens") -> bytes:
+    content = io.BytesIO()
+    np.savez(content, **{name: stream})
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        cut,
+        flipped,
+        lambda content: b"not an archive",
+        lambda content: rewritten(np.array([5, 300], dtype=np.uint16)),
+        lambda content: rewritten(np.array([5, 6], dtype=np.int64)),
+        lambda content: rewritten(np.zeros((2, 2), dtype=np.uint16)),
+        lambda content: rewritten(np.array([5], dtype=np.uint16), "others"),
+    ],
+    ids=["empty", "cut", "flipped", "text", "token beyond", "wide", "matrix", "other name"],
+)
+def test_damaged_tokens_are_encoded_again(small, encodings, damage):
+    first = corpus_tokens("train", vocab_size=300)
+    (file,) = cached_streams(small)
+    sound = file.read_bytes()
+    file.write_bytes(damage(sound))
+    corpus_tokens.cache_clear()
+    assert torch.equal(corpus_tokens("train", vocab_size=300), first)
+    assert encodings == [("train", 300)] * 2
+    corpus_tokens.cache_clear()
+    assert torch.equal(corpus_tokens("train", vocab_size=300), first)  # the file is sound again
+    assert len(encodings) == 2
+
+
+def test_a_vocabulary_beyond_two_bytes_keeps_its_tokens(small):
+    stream = np.array([0, 70_000], dtype=np.min_scalar_type(70_000))
+    text._write_cached_tokens(small / "wide.npz", stream)
+    read = text._read_cached_tokens(small / "wide.npz", 70_001)
+    assert read is not None and read.tolist() == [0, 70_000]
 
 
 def test_targets_are_the_inputs_moved_on_by_one(seed):

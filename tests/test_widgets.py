@@ -129,3 +129,13 @@ print(sorted({"ipywidgets", "matplotlib", "IPython", "torch"} & set(sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_a_checkpoint_of_a_public_model_in_many_files_says_how_large_each_is(displayed: list[Any]) -> None:
+    widget = widgets.checkpoint_cost()
+    _control(widget, "model").value = "Llama-3.1-70B"
+    _control(widget, "files").value = 30
+    # 70,553,706,496 parameters in bfloat16, as published: 141.1 GB, a thirtieth of it a file
+    assert _title(displayed[-1]).startswith(
+        "Llama-3.1-70B in bfloat16, 30 files of 4.7 GB, takes at least 17.6 s"
+    )

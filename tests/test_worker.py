@@ -335,6 +335,8 @@ def test_no_path_leads_to_an_answer_behind_the_wall(closed, tmp_path):
     for path in ("free.txt", tmp_path / "lessons.txt", "twice.bin", 3):
         refuse("open", (path, "r", 0))
     refuse("import", ("lessons.twice", None))
+    with pytest.raises(PermissionError, match="closed to an answer"):
+        refuse("import", ("twice", str(folder / "twice.so")))
 
 
 def test_an_answer_behind_the_wall_starts_no_program(closed):

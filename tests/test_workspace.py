@@ -218,6 +218,14 @@ def test_a_name_that_is_taken_is_never_moved_over(tmp_path: Path) -> None:
     assert ((tmp_path / "a").read_text(), (tmp_path / "b").read_text()) == ("a", "b")
 
 
+def test_a_new_file_is_written_whole_and_never_over_another(tmp_path: Path) -> None:
+    path = tmp_path / "interviews" / "one.ipynb"
+    workspace.create(path, b"first")
+    with pytest.raises(FileExistsError):
+        workspace.create(path, b"second")
+    assert [(one.name, one.read_bytes()) for one in path.parent.iterdir()] == [("one.ipynb", b"first")]
+
+
 @pytest.mark.parametrize("taken", [False, True], ids=["free", "taken"])
 def test_a_disk_without_hard_links_moves_files_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: bool

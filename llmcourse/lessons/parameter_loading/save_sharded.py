@@ -26,7 +26,8 @@ INDEX = "model.safetensors.index.json"
 
 @exercise(
     points=4,
-    minutes=16,
+    minutes=35,
+    extension=True,
     hints=(
         "A reader trusts the index, so replacing the index is the moment the new checkpoint begins: before it, nothing "
         "that the old index names may change; after it, nothing that the new one names may be missing.",
