@@ -296,10 +296,16 @@ def starting_rows(rounds: int) -> Iterator[Row]:
         "llmcourse": ["-c", "import torch, llmcourse"],
         "check": ["-c", "import torch; from llmcourse import check"],
         "help": ["-m", "llmcourse.cli", "--help"],
+        "interview": ["-m", "llmcourse.cli", "interview", "01", "--new", "--json"],
     }
     if notebook is not None:
         codes["judge"] = ["-m", "llmcourse.cli", "check", str(notebook), "--json"]
-    seconds = start_seconds(codes, rounds)
+    with tempfile.TemporaryDirectory() as workspace:
+        os.environ["LLMCOURSE_WORKSPACE"] = workspace
+        try:
+            seconds = start_seconds(codes, rounds)
+        finally:
+            del os.environ["LLMCOURSE_WORKSPACE"]
 
     def beyond(name: str) -> float:
         return median(a - b for a, b in zip(seconds[name], seconds["torch"], strict=True))
@@ -310,6 +316,8 @@ def starting_rows(rounds: int) -> Iterator[Row]:
     yield Row("from llmcourse import check, beyond torch", f"{beyond('check'):.2f} s", "", None)
     taken = median(seconds["help"])
     yield Row("llmcourse --help", f"{taken:.2f} s", "≤ 0.5 s", taken <= 0.5)
+    ready = median(seconds["interview"])
+    yield Row("llmcourse interview 01, until its notebook is written", f"{ready:.2f} s", "≤ 5 s", ready <= 5)
     if notebook is not None:
         inside = items_seconds("parameter_loading")
         extra = beyond("judge") - inside

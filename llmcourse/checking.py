@@ -179,7 +179,7 @@ def hint(answer: Callable[..., Any] | str) -> Hint:
 
 @dataclass(frozen=True)
 class NotebookVerdict:
-    """The verdicts of a notebook's exercises; ★ extensions add points and no maximum."""
+    """The verdicts of a notebook's exercises; the points of ★ extensions are counted apart."""
 
     notebook: str
     exercises: tuple[Verdict, ...]
@@ -187,20 +187,29 @@ class NotebookVerdict:
 
     @property
     def points(self) -> float:
-        return round(sum(verdict.points for verdict in self.exercises), 6)
+        return round(sum(verdict.points for verdict in self.exercises if not _is_extension(verdict)), 6)
+
+    @property
+    def extra_points(self) -> float:
+        return round(sum(verdict.points for verdict in self.exercises if _is_extension(verdict)), 6)
 
     @property
     def max_points(self) -> float:
-        return sum(v.max_points for v in self.exercises if v.exercise is None or not v.exercise.extension)
+        return sum(verdict.max_points for verdict in self.exercises if not _is_extension(verdict))
 
     def to_json(self) -> dict[str, Any]:
         return {
             "notebook": self.notebook,
             "points": self.points,
             "max_points": self.max_points,
+            "extra_points": self.extra_points,
             "exercises": [verdict.to_json() for verdict in self.exercises],
             "notes": list(self.notes),
         }
+
+
+def _is_extension(verdict: Verdict) -> bool:
+    return verdict.exercise is not None and verdict.exercise.extension
 
 
 def check_notebook(path: Path, *, seed: int | None = None, zygote: Zygote | None = None) -> NotebookVerdict:

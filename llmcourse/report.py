@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,11 @@ def _shown(verdict: Verdict) -> list[ItemResult]:
     return [] if verdict.verdict == "not attempted" else list(verdict.results)
 
 
+def tried(calls: Sequence[str]) -> str:
+    """The call a case made, or the first of those it made."""
+    return f"tried: {calls[0]}" if len(calls) == 1 else f"the first of its calls: {calls[0]}"
+
+
 def text(verdict: Verdict) -> str:
     """The report as plain text."""
     lines = [headline(verdict)]
@@ -70,7 +76,7 @@ def text(verdict: Verdict) -> str:
         if result.item.kind == "case" or (not result.agrees and not result.costs):
             lines.append("  " + case_line(result).replace("\n", "\n  "))
             if not result.agrees and result.outcome.tried:
-                lines.append(f"      tried: {result.outcome.tried[0]}")
+                lines.append(f"      {tried(result.outcome.tried)}")
         lines += [f"  {cost_line(cost)}" for cost in result.costs]
     lines += [f"  Note: {note}" for note in verdict.notes]
     if verdict.results and verdict.verdict == "wrong":
@@ -82,7 +88,10 @@ def notebook_text(verdict: NotebookVerdict) -> str:
     """The report of a whole notebook as plain text."""
     lines = [text(one) for one in verdict.exercises]
     lines += [f"Note: {note}" for note in verdict.notes]
-    lines.append(f"{verdict.notebook}: {number(verdict.points)} of {number(verdict.max_points)} points")
+    extra = f", and {number(verdict.extra_points)} extra" if verdict.extra_points else ""
+    lines.append(
+        f"{verdict.notebook}: {number(verdict.points)} of {number(verdict.max_points)} points{extra}"
+    )
     return "\n".join(lines)
 
 
@@ -132,8 +141,8 @@ def _item_html(result: ItemResult) -> str:
             f"{MARK[cost.agrees]}</span> {escape(cost_line(cost)[2:])}</div>"
         )
     if not result.agrees and not result.costs:
-        tried = f"\ntried: {result.outcome.tried[0]}" if result.outcome.tried else ""
-        lines.append(f"<div style='{CODE};margin-left:1.3em'>{escape((result.reason or '') + tried)}</div>")
+        told = f"\n{tried(result.outcome.tried)}" if result.outcome.tried else ""
+        lines.append(f"<div style='{CODE};margin-left:1.3em'>{escape((result.reason or '') + told)}</div>")
     return "".join(lines)
 
 

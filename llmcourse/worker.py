@@ -123,6 +123,8 @@ def summary(value: object) -> str:
         if len(value) > 16 or not all(isinstance(part, int | float | str | None) for part in parts):
             return f"a {type(value).__name__} of {len(value)}"
     text = repr(value)
+    if " object at 0x" in text:
+        text = f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
 
 
@@ -151,6 +153,7 @@ class Watched:
 
     def __init__(self, answer: Callable[..., Any], *, mutates: bool) -> None:
         self.tried: list[str] = []
+        self.raised: tuple[int, str] | None = None  # the error's id: its traceback would keep tensors alive
         self.changed: list[str] = []
         self._answer, self._mutates = answer, mutates
         functools.update_wrapper(self, answer)
@@ -163,8 +166,18 @@ class Watched:
         ]
         given = {**dict(zip(names, arguments, strict=True)), **options}
         if len(self.tried) < MAX_NOTED_CALLS:
-            shown = ", ".join(f"{name}={summary(value)}" for name, value in given.items())
-            self.tried.append(f"{getattr(self._answer, '__name__', 'answer')}({shown})"[:MAX_NOTED_CHARS])
+            self.tried.append(self._told(given))
+        try:
+            return self._called(arguments, options, given)
+        except BaseException as error:
+            self.raised = id(error), self._told(given)
+            raise
+
+    def _told(self, given: dict[str, Any]) -> str:
+        shown = ", ".join(f"{name}={summary(value)}" for name, value in given.items())
+        return f"{getattr(self._answer, '__name__', 'answer')}({shown})"[:MAX_NOTED_CHARS]
+
+    def _called(self, arguments: tuple[Any, ...], options: dict[str, Any], given: dict[str, Any]) -> Any:
         if self._mutates:
             return self._answer(*arguments, **options)
         before = {name: checksum(value) for name, value in given.items()}
@@ -210,17 +223,19 @@ def perform(
     """Run one case or cost: (what happened, observations). Used by a worker and by `check` in a notebook alike."""
     seen = watched(answer, mutates=mutates)
     began = time.perf_counter()
-    observed, error = None, None
+    observed, error, raised = None, None, None
     try:
         observed = function(seen, rng, *extra)
     except (Exception, SystemExit) as caught:  # noqa: BLE001 - whatever an answer raises is its outcome
-        error = describe_error(caught, labels)
+        error, raised = describe_error(caught, labels), id(caught)
         if isinstance(caught, TypeError):
             error["signature"] = parameters(answer)
     seconds = time.perf_counter() - began
     tried, changed = getattr(seen, "tried", []), getattr(seen, "changed", [])
     if isinstance(answer, type):
         tried, changed = [], []
+    elif getattr(seen, "raised", None) and raised == seen.raised[0]:
+        tried = [seen.raised[1]]  # the call that failed, not the first one
     return {"seconds": seconds, "error": error, "tried": tried, "changed": changed}, observed
 
 

@@ -237,7 +237,10 @@ def test_untouched_earns_nothing_and_solution_everything_by_llmcourse_check(less
         assert earned == pytest.approx(
             {name: exercises[name].points if all_of_it else 0 for name in exercises}
         )
-        assert verdict["points"] == pytest.approx(verdict["max_points"] if all_of_it else 0)
+        core = sum(each.points for each in exercises.values() if not each.extension)
+        assert verdict["max_points"] == pytest.approx(core)
+        assert verdict["points"] == pytest.approx(core if all_of_it else 0)
+        assert verdict["extra_points"] == pytest.approx(sum(earned.values()) - verdict["points"])
 
 
 def copied(path: Path, target: Path) -> None:

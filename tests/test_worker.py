@@ -387,3 +387,23 @@ def test_a_module_first_imported_while_names_are_switched_off_keeps_none_of_the_
         with pytest.raises(Forbidden):
             later.load()
     assert later.load() == 1
+
+
+def test_of_several_calls_the_one_that_raised_is_told():
+    def answer(n):
+        return 1 // (3 - n)
+
+    happened, _ = run(answer, lambda answer, rng: [answer(n) for n in range(9)])
+    assert happened["error"]["type"] == "ZeroDivisionError" and happened["tried"] == ["answer(n=3)"]
+
+    def caught(answer, rng):
+        with pytest.raises(ZeroDivisionError):
+            answer(3)
+        raise OSError("of the case")
+
+    happened, _ = run(answer, caught)
+    assert happened["error"]["type"] == "OSError" and happened["tried"] == ["answer(n=3)"]
+
+
+def test_an_object_is_told_by_its_type_and_not_by_its_address():
+    assert (summary(threading.Lock()), summary(object()), summary(Rng(1))) == ("a lock", "a object", "a Rng")

@@ -15,7 +15,7 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake, 
 
 @exercise(
     points=4,
-    minutes=20,
+    minutes=40,
     extension=True,
     hints=(
         "One rule says which units of a part a rank has. Use it twice: for the rank that loads, and for each rank that "

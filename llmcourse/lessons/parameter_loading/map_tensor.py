@@ -26,7 +26,8 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
 
 @exercise(
     points=3,
-    minutes=8,
+    minutes=20,
+    extension=True,
     forbid=(
         "safetensors.deserialize",
         "safetensors.safe_open",

@@ -27,7 +27,7 @@ Pair = tuple[str, str]
 
 @exercise(
     points=3,
-    minutes=20,
+    minutes=50,
     extension=True,
     forbid=(
         "pickle.load",

@@ -53,7 +53,8 @@ def plan_load(
 
     Returns (seconds, crossing, bottleneck). crossing has three exact integers: "disk", the bytes that the disk
     delivers to all ranks together; "network", the bytes that the busiest card sends; "device", the bytes that cross
-    the busiest device link. bottleneck is which of these three names takes longest.
+    the busiest device link. bottleneck is which of these three names takes longest,
+    the first of them on a tie.
     """
     ### BEGIN SOLUTION
     if how not in ("slices", "everything", "broadcast"):
