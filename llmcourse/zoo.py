@@ -57,9 +57,9 @@ _DRAFT = _config(
 )  # shallow: fast
 
 RECIPES: dict[Name, Recipe] = {
-    "teacher": Recipe(_TEACHER, tokens=25_000_000),
-    "student": Recipe(_STUDENT, tokens=30_000_000),
-    "draft": Recipe(_DRAFT, tokens=20_000_000),
+    "teacher": Recipe(_TEACHER, tokens=17_092_608),
+    "student": Recipe(_STUDENT, tokens=16_760_832),
+    "draft": Recipe(_DRAFT, tokens=17_543_168),
 }
 
 
