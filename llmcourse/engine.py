@@ -18,13 +18,13 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from llmcourse import source, wire
-from llmcourse.exercise import LESSONS, Exercise, Item, Rng, derive_seed, folders
+from llmcourse.exercise import LESSONS, Exercise, Item, derive_seed, folders
 from llmcourse.judging import (
     Outcome,
     answer_seed,
@@ -34,6 +34,7 @@ from llmcourse.judging import (
     outcome_of,
     saved_by,
     seen_by,
+    service_rng,
     together,
     with_earlier_phases,
 )
@@ -83,7 +84,8 @@ class WorkerProcess:
         self._calls = threading.Semaphore(MAX_CALLS)
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
         self._connection, theirs = socket.socketpair()
-        self.pid = engine.zygote.fork(theirs, self.folder, max_data_bytes=MAX_DATA_BYTES)
+        closed = None if answer.trusted else course_places(exercise)
+        self.pid = engine.zygote.fork(theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed)
         theirs.close()
 
     def load(self, cases: str) -> Loaded:
@@ -100,7 +102,11 @@ class WorkerProcess:
                     "trusted": self._answer.trusted,
                     "forbid": self._exercise.forbid,
                     "uses": self._exercise.uses,
-                    "closed": closed_to_answers(self._exercise),
+                    # Importing the library again would bring back what is switched off.
+                    "closed": [
+                        *course_places(self._exercise),
+                        *files_of(owners_of(self._exercise.forbid)),
+                    ],
                     # Not the seed itself: every input of a class could be computed from it.
                     "seed": derive_seed(self._seed, "load"),
                 },
@@ -253,18 +259,28 @@ def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
     return Outcome(error={"kind": kind, "message": message}, seconds=seconds)
 
 
-def closed_to_answers(exercise: Exercise) -> list[str]:
-    """Where answers lie: the lessons, their texts, and the modules of which a function is switched off.
+def course_places(exercise: Exercise) -> list[str]:
+    """Where answers lie: the lessons, their texts, and our own modules of which a function is switched off."""
+    repository = LESSONS.parents[1]
+    ours = [name for name in owners_of(exercise.forbid) if name.startswith("llmcourse.")]
+    return [
+        *map(str, folders()),
+        *(str(repository / name) for name in ("solutions", ".git")),
+        *files_of(ours),
+    ]
 
-    Those are imported before an answer is, and importing them again would bring the function back.
-    """
-    files = []
-    for name in {forbidden.rpartition(".")[0] for forbidden in exercise.forbid}:
-        with contextlib.suppress(ModuleNotFoundError):  # the worker says which name does not exist
+
+def owners_of(forbid: Sequence[str]) -> list[str]:
+    return sorted({name.rpartition(".")[0] for name in forbid})
+
+
+def files_of(modules: Sequence[str]) -> Iterator[str]:
+    """Source and cache of modules; of one that does not exist the worker says so."""
+    for name in modules:
+        with contextlib.suppress(ModuleNotFoundError):
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.origin is not None:
-                files += [spec.origin, importlib.util.cache_from_source(spec.origin)]
-    return [*map(str, folders()), str(LESSONS.parents[1] / "solutions"), *files]
+                yield from (spec.origin, importlib.util.cache_from_source(spec.origin))
 
 
 class Engine:
@@ -393,7 +409,7 @@ class Run:
         )
         if self._exercise.ranks > 1:
             return self._ranks(item, seeds, limit, max_bytes)
-        service = item.service(Rng(seeds[0])) if item.service else None
+        service = item.service(service_rng(seeds[0])) if item.service else None
         if service is not None and hasattr(service, "pid"):
             service.pid = self._workers[0].pid
         outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)

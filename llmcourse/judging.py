@@ -144,6 +144,11 @@ def item_seed(exercise: Exercise, item: Item, seed: int) -> int:
     return derive_seed(seed, exercise.name, root(exercise, item).name)
 
 
+def service_rng(seed: int) -> Rng:
+    """What a service draws from: not the item's seed, which the answer's process has."""
+    return Rng(derive_seed(seed, "service"))
+
+
 def answer_seed(exercise: Exercise, item: Item, seed: int, expected: Mapping[str, Outcome] | None) -> int:
     """Seed of an answer's own randomness: the reference, which runs before anything is expected, has another."""
     return derive_seed(seed, "reference" if expected is None else "answer", exercise.name, item.name)
@@ -205,7 +210,7 @@ class InProcess:
         if exercise.ranks > 1:
             with kept_torch_state(seeds[1]):
                 return self._ranks(exercise, answer, item, seeds)
-        service = item.service(Rng(seeds[0])) if item.service else None
+        service = item.service(service_rng(seeds[0])) if item.service else None
         if service is not None:
             extra.append(service)
         with kept_torch_state(seeds[1]):

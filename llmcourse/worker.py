@@ -37,7 +37,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from llmcourse import wire
+from llmcourse import wall, wire
 from llmcourse.exercise import Rng
 
 ANSWER_MODULE, CASE_MODULE = "answer", "llmcourse_case"
@@ -72,6 +72,14 @@ def switched_off(names: Sequence[str]) -> Iterator[None]:
     finally:
         for owner, name, original in reversed(kept):
             setattr(owner, name, original)
+
+
+def switch_off(names: Sequence[str]) -> None:
+    """Replace library answers for good: no frame and no object holds the originals for this."""
+    owners = [_resolve(dotted.rpartition(".")[0]) for dotted in names]
+    for dotted, owner in zip(names, owners, strict=True):
+        name = dotted.rpartition(".")[2]
+        setattr(owner, name, _refuser(dotted, getattr(owner, name)))
 
 
 def _resolve(dotted: str) -> Any:
@@ -260,57 +268,6 @@ class NoLessons(importlib.abc.MetaPathFinder):
             )
 
 
-# Audit events (PEP 578) with a path among their arguments, and those that start another program.
-PATH_EVENTS = {
-    "open",
-    "import",
-    "os.listdir",
-    "os.scandir",
-    "os.link",
-    "os.symlink",
-    "os.rename",
-    "os.chdir",
-    "shutil.copyfile",
-}
-PROGRAM_EVENTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"}
-
-
-def wall(closed: Sequence[str]) -> Callable[[str, tuple[object, ...]], None]:
-    """An audit hook that raises PermissionError for files in the closed folders, and for every other program.
-
-    Python has no way to take an audit hook off again; native code does, and is left to the jail.
-    """
-    real = [os.path.realpath(path) for path in closed]
-    names = {
-        name.split(".")[0]
-        for path in real
-        if os.path.isdir(path)
-        for _, _, files in os.walk(path)
-        for name in files
-    }
-
-    def refuse(event: str, arguments: tuple[object, ...]) -> None:
-        if event in PROGRAM_EVENTS:
-            raise PermissionError("an answer that is judged starts no other program")
-        if event not in PATH_EVENTS:
-            return
-        for argument in arguments:
-            if not isinstance(argument, str | bytes | os.PathLike):
-                continue
-            path = os.path.realpath(os.fsdecode(argument))
-            # By its name too: a folder's descriptor may be what the path is relative to.
-            known = not os.path.isabs(os.fsdecode(argument)) and os.path.basename(path).split(".")[0] in names
-            if known and path.endswith((".py", ".pyc", ".ipynb", ".md")):
-                break
-            if any(path == folder or path.startswith(folder + os.sep) for folder in real):
-                break
-        else:
-            return
-        raise PermissionError("the course's own answers are closed to an answer that is judged")
-
-    return refuse
-
-
 class Channel:
     """The worker's end of the connection: one thread reads, any thread may call the judge."""
 
@@ -385,16 +342,14 @@ class Worker:
     def load(self, message: dict[str, Any]) -> None:
         if not message["trusted"]:
             sys.meta_path.insert(0, NoLessons())
-        # Never left again: a worker serves one exercise.
-        self.forbidden = contextlib.ExitStack()
         try:
-            self.forbidden.enter_context(switched_off(message["forbid"]))
+            switch_off(message["forbid"])
         except (ImportError, AttributeError) as unknown:
             fault = f"forbid={message['forbid']}: {unknown}"
             self.channel.send({"loaded": True, "errors": [], "case_error": fault, "names": []})
             return
         if not message["trusted"]:
-            sys.addaudithook(wall(message["closed"]))
+            sys.addaudithook(wall.refusing(message["closed"]))
         reset(message["seed"])
         errors: list[dict[str, Any]] = []
         for index, (label, text) in enumerate(message["parts"]):
@@ -453,7 +408,9 @@ class Worker:
             self.channel.send({"done": True, **happened})
 
 
-def become_worker(connection: socket.socket, folder: str, max_data_bytes: int) -> None:
+def become_worker(
+    connection: socket.socket, folder: str, max_data_bytes: int, closed: Sequence[str] | None
+) -> None:
     """Set limits, move into the worker's own folder, silence output and serve; never returns."""
     os.setsid()
     quiet = os.open(os.devnull, os.O_RDWR)
@@ -472,6 +429,8 @@ def become_worker(connection: socket.socket, folder: str, max_data_bytes: int) -
     for kind, limit in limits:
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard),) * 2)
+    if closed is not None:
+        wall.close_files(closed)
     Worker(connection).serve()
 
 
@@ -505,7 +464,10 @@ def _served(control: socket.socket, children: set[int]) -> bool:
             # A worker that ends in any way must not run the zygote's own exit.
             try:
                 become_worker(
-                    socket.socket(fileno=descriptors[0]), request["fork"], request["max_data_bytes"]
+                    socket.socket(fileno=descriptors[0]),
+                    request["fork"],
+                    request["max_data_bytes"],
+                    request["closed"],
                 )
             finally:
                 os._exit(3)

@@ -96,9 +96,19 @@ class Zygote:
         """Import a module that workers would otherwise import one by one."""
         self._ask({"import": module})
 
-    def fork(self, connection: socket.socket, folder: str, *, max_data_bytes: int) -> int:
-        """A new worker that serves `connection` and lives in `folder`; its process id."""
-        request = {"fork": folder, "max_data_bytes": max_data_bytes}
+    def fork(
+        self,
+        connection: socket.socket,
+        folder: str,
+        *,
+        max_data_bytes: int,
+        closed: Sequence[str] | None = None,
+    ) -> int:
+        """A new worker that serves `connection` and lives in `folder`; its process id.
+
+        closed: files and folders that it may not read; None for one of our own.
+        """
+        request = {"fork": folder, "max_data_bytes": max_data_bytes, "closed": closed}
         return int(self._ask(request, [connection.fileno()])["pid"])
 
     def end(self, pid: int) -> int:

@@ -90,7 +90,7 @@ JUDGES = {
         "source",
         "submission",
     ),
-    *("wire", "worker", "zygote"),
+    *("wall", "wire", "worker", "zygote"),
 }
 INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_words", "standing"}
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS

@@ -11,7 +11,7 @@ import numpy
 import pytest
 import torch
 
-from llmcourse import worker
+from llmcourse import wall, worker
 from llmcourse.exercise import Rng
 from llmcourse.judging import kept_torch_state
 from llmcourse.worker import Forbidden, checksum, describe_error, perform, reset, summary, switched_off
@@ -310,7 +310,7 @@ def closed(tmp_path, monkeypatch):
     (folder / "twice.py").write_text("def twice(x): return 2 * x")
     (tmp_path / "free.txt").write_text("free")
     monkeypatch.chdir(tmp_path)
-    return folder, worker.wall([str(folder)])
+    return folder, wall.refusing([str(folder)])
 
 
 def test_no_path_leads_to_an_answer_behind_the_wall(closed, tmp_path):
@@ -340,7 +340,7 @@ def test_no_path_leads_to_an_answer_behind_the_wall(closed, tmp_path):
 
 
 def test_an_answer_behind_the_wall_starts_no_program(closed):
-    for event in worker.PROGRAM_EVENTS:
+    for event in wall.PROGRAM_EVENTS:
         with pytest.raises(PermissionError, match="no other program"):
             closed[1](event, ("cat", ["cat"], None, None))
 

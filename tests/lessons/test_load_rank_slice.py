@@ -402,3 +402,14 @@ def test_a_file_without_the_tensor_says_so(seed):
         checkpoint.read(0, 1, [0], [1])
     with pytest.raises(KeyError, match="bias"):
         lesson.File("bias", None, torch.float32, None).get_slice("bias")
+
+
+def test_an_answer_is_not_told_which_loads_are_to_be_refused(seed):
+    checkpoint = lesson.not_to_be_cut(Rng(seed))
+    shapes = {tuple(sorted(load)) for load in checkpoint.loads}
+    assert len(shapes) == 1 and not any("refused" in name for name in shapes.pop())
+    seen = checkpoint.observed(lesson.tried(lambda *arguments: torch.zeros(1), checkpoint))
+    assert [found[0] for found in seen.values()] == ["nothing"] * 9
+    assert [len(found) for found in seen.values()] == [2] * 4 + [1] * 5  # no value of what is to be refused
+    right = checkpoint.observed(lesson.tried(load_rank_slice, checkpoint))
+    assert [found[0] for found in right.values()] == ["nothing"] * 4 + ["ValueError"] * 5

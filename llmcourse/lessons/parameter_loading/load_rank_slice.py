@@ -159,6 +159,7 @@ class Checkpoint:
         self._files = [
             [saved_for(load.layer, rank, load.saved, rng) for rank in range(load.saved)] for load in loads
         ]
+        self._refused = [load.refused for load in loads]  # not told: an answer could look it up
         self.loads = [self._told(load, files) for load, files in zip(loads, self._files, strict=True)]
         self.attributes = {"loads": self.loads}
         self._lock = threading.Lock()
@@ -174,7 +175,6 @@ class Checkpoint:
             "padded": layer.padded,
             "world": load.world,
             "ranks": list(range(load.world) if load.ranks is None else load.ranks),
-            "refused": load.refused,
             "dtype": str(layer.whole.dtype).removeprefix("torch."),
             "shapes": [None if file is None else list(file.shape) for file in files],
         }
@@ -190,6 +190,18 @@ class Checkpoint:
             self._requests += found.numel() > 0
             self._stretches += len(found) if found.dim() == 2 and found.shape[1] < stored.shape[1] else 1
         return found
+
+    def observed(self, observed: Any) -> Any:
+        """What the case saw; of loads that are to be refused, the kind of the exception without a value."""
+        ranks = [
+            refused for load, refused in zip(self.loads, self._refused, strict=True) for _ in load["ranks"]
+        ]
+        if not any(self._refused) or not isinstance(observed, dict) or len(observed) != len(ranks):
+            return observed
+        return {
+            what: found[:1] if refused and isinstance(found, list) else found
+            for (what, found), refused in zip(observed.items(), ranks, strict=True)
+        }
 
     def counts(self) -> dict[str, tuple[float | None, float | None]]:
         return {
@@ -240,8 +252,8 @@ class Slice:
         return view
 
 
-def loaded(answer: Callable[..., Tensor | None], checkpoint: Any) -> dict[str, object]:
-    """What the ranks of every load get, or which exception; by a line that says what was asked for."""
+def loaded(answer: Callable[..., Any], checkpoint: Any) -> dict[str, object]:
+    """What the ranks of every load get, by a line that says what was asked for."""
     observed: dict[str, object] = {}
     for number, load in enumerate(checkpoint.loads):
         name, parts = load["name"], [(units, size) for units, size in load["parts"]]
@@ -253,10 +265,18 @@ def loaded(answer: Callable[..., Tensor | None], checkpoint: Any) -> dict[str, o
         for rank in load["ranks"]:
             arguments = files, name, list(parts), load["parallel"], rank, load["world"]
             what = f"{name} {parts} saved for {len(files)}, rank {rank} of {load['world']}"
-            observed[what] = (
-                raised(answer, *arguments, **padded) if load["refused"] else answer(*arguments, **padded)
-            )
+            observed[what] = answer(*arguments, **padded)
     return observed
+
+
+def tried(answer: Callable[..., Tensor | None], checkpoint: Any) -> dict[str, object]:
+    """Of every load which exception was raised, or "nothing", and what was given if nothing was."""
+
+    def one(*arguments: Any, **options: Any) -> list[object]:
+        given: list[object] = []
+        return [raised(lambda: given.append(answer(*arguments, **options))), *given]
+
+    return loaded(one, checkpoint)
 
 
 def reader(checkpoint: Any, load: int, file: int) -> Callable[[list[int], list[int]], Tensor]:
@@ -459,8 +479,8 @@ def padded_remainders(answer, rng, checkpoint):
 
 @case(load_rank_slice, service=not_to_be_cut)
 def refused(answer, rng, checkpoint):
-    """Heads that can be neither dealt to the ranks nor copied; then a layer that can be cut."""
-    return loaded(answer, checkpoint)
+    """A layer that can be cut; then heads that can be neither dealt to the ranks nor copied."""
+    return tried(answer, checkpoint)
 
 
 @case(load_rank_slice, service=heads_for_other_ranks)

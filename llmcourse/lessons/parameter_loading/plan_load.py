@@ -104,9 +104,15 @@ def weights(rng: Rng, ranks: int) -> int:
 @case(plan_load)
 def own_slices(answer, rng):
     """Every rank reads its own part, overlapped: from a slow disk, to slow devices, to devices little slower."""
+    found = {
+        f"{ranks} ranks": answer(
+            weights(rng, ranks), ranks, "slices", overlap=True, **links(rng, "device", ranks)
+        )
+        for ranks in (1, 2)
+    }
     ranks = rng.integer(3, 16)
     parameters = weights(rng, ranks)
-    found = {
+    found |= {
         slowest: answer(parameters, ranks, "slices", overlap=True, **links(rng, slowest, ranks))
         for slowest in ("disk", "device")
     }
@@ -119,9 +125,13 @@ def own_slices(answer, rng):
 @case(plan_load)
 def everyone_reads_everything(answer, rng):
     """Every rank reads the whole checkpoint, overlapped: from a slow disk, and to slow devices."""
+    few = {
+        f"{ranks} ranks": answer(weights(rng, ranks), ranks, "everything", overlap=True, **links(rng))
+        for ranks in (1, 2)
+    }
     ranks = rng.integer(3, 16)
     parameters = weights(rng, ranks)
-    return {
+    return few | {
         slowest: answer(parameters, ranks, "everything", overlap=True, **links(rng, slowest, ranks))
         for slowest in ("disk", "device")
     }
@@ -147,7 +157,9 @@ def one_after_another(answer, rng):
     ranks = rng.integer(3, 16)
     parameters, rates = weights(rng, ranks), links(rng)
     ways = ("slices", "everything", "broadcast")
-    return {how: answer(parameters, ranks, how, overlap=False, **rates) for how in ways}
+    found = {how: answer(parameters, ranks, how, overlap=False, **rates) for how in ways}
+    rates = links(rng, "network")
+    return {**found, "slow network": answer(parameters, ranks, "broadcast", overlap=False, **rates)}
 
 
 @case(plan_load)
@@ -155,11 +167,14 @@ def training_resumed(answer, rng):
     """AdamW's state is loaded with the weights, overlapped and not."""
     ranks = rng.integer(3, 16)
     parameters, rates = weights(rng, ranks), links(rng, rng.choice(["disk", "device"]), ranks)
-    return {
+    found = {
         f"{how}, overlap={overlap}": answer(parameters, ranks, how, overlap=overlap, resume=True, **rates)
         for how in ("slices", "everything", "broadcast")
         for overlap in (True, False)
     }
+    rates = links(rng, "network")
+    slow = answer(parameters, ranks, "broadcast", overlap=True, resume=True, **rates)
+    return {**found, "slow network": slow}
 
 
 @case(plan_load)

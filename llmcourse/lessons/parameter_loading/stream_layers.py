@@ -194,6 +194,11 @@ def all_but_one(rng: Rng) -> Device:
     return a_device(rng, layers, layers - 1, rng.integer(4, 5))
 
 
+def hardly_anything(rng: Rng) -> Device:
+    """One token through one layer or two."""
+    return a_device(rng, rng.integer(1, 2), 2, 1)
+
+
 def longer(rng: Rng) -> Device:
     """About half of the layers fit; some more tokens."""
     return a_device(rng, rng.integer(8, 9), rng.integer(4, 5), 5)
@@ -237,6 +242,12 @@ def two_layers_fit(answer, rng, device):
 @case(stream_layers, service=all_fit, judge=within_limits)
 def everything_fits(answer, rng, device):
     """All layers fit into memory."""
+    return {"outputs": streamed(answer, rng, device)}
+
+
+@case(stream_layers, service=hardly_anything, judge=within_limits)
+def one_token(answer, rng, device):
+    """One token through a model of one or two layers."""
     return {"outputs": streamed(answer, rng, device)}
 
 
@@ -533,7 +544,14 @@ def all_tokens_at_each_layer(device, budget, tokens, x):
 @mistake(
     stream_layers,
     "Returns the last token's output alone.",
-    fails=["half_of_it_fits", "two_layers_fit", "everything_fits", "one_too_many", "next_layer_is_fetched"],
+    fails=[
+        "one_token",
+        "half_of_it_fits",
+        "two_layers_fit",
+        "everything_fits",
+        "one_too_many",
+        "next_layer_is_fetched",
+    ],
 )
 def last_output_only(device, budget, tokens, x):
     check(budget)
@@ -564,7 +582,7 @@ def passing(resident: list[int], running: int, kept: Iterable[int], device: Any)
 @mistake(
     stream_layers,
     "The layers that pass through are loaded anew for each token, also where every layer fits.",
-    fails=["everything_fits"],
+    fails=["one_token", "everything_fits"],
 )
 def passes_through_anyway(device, budget, tokens, x):
     check(budget)
@@ -584,7 +602,14 @@ def budget_of_one(device, budget, tokens, x):
 @mistake(
     stream_layers,
     "Lets the layer before run once more for nothing, so that the next one has time to arrive.",
-    fails=["half_of_it_fits", "two_layers_fit", "everything_fits", "one_too_many", "next_layer_is_fetched"],
+    fails=[
+        "one_token",
+        "half_of_it_fits",
+        "two_layers_fit",
+        "everything_fits",
+        "one_too_many",
+        "next_layer_is_fetched",
+    ],
 )
 def runs_to_pass_the_time(device, budget, tokens, x):
     check(budget)
