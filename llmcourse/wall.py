@@ -43,7 +43,11 @@ def refusing(closed: Sequence[str]) -> Callable[[str, tuple[object, ...]], None]
     places = frozenset(real_path(path) for path in closed)
     below = tuple(place + os.sep for place in places)
     names = frozenset(
-        name.split(".")[0] for place in places for _, _, files in os.walk(place) for name in files
+        name.split(".")[0]
+        for place in places
+        if not place.endswith(".git")  # thousands of files, and none with a name of its own
+        for _, _, files in os.walk(place)
+        for name in files
     )
 
     def refuse(event: str, arguments: tuple[object, ...]) -> None:
