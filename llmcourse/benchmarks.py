@@ -23,7 +23,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 COLD_ROUNDS = 5
-ROUNDS = 15
+ROUNDS = 31
 RESAMPLES = 2_000
 CHECKPOINT_BYTES = 500 << 20
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
@@ -407,6 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     os.environ.update(QUIET)
+    # As an installation is: what Python compiled once is kept.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if options.peak:
         print(peak_of(options.folder, options.peak))
         return 0

@@ -18,6 +18,7 @@ import gc
 import inspect
 import os
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -353,10 +354,11 @@ def can_read_memory() -> bool:
     return True
 
 
-def anonymous_bytes(pid: int | None = None) -> int:
+def anonymous_bytes(pid: int | None = None, *, shared: bool = False) -> int:
     """Resident anonymous memory of a process in bytes: what it allocated, without the files it maps.
 
-    Read from RssAnon of /proc/PID/status, within `memory_error_bytes()`. Call `settle()` in that process
+    Read from RssAnon of /proc/PID/status, within `memory_error_bytes()`; `shared` adds RssShmem: memory that is
+    shared with other processes, and files that it maps from a tmpfs. Call `settle()` in that process
     first, or memory freed but not returned is counted. OSError where the system has no such number;
     ProcessLookupError where the process does not exist.
     """
@@ -367,10 +369,22 @@ def anonymous_bytes(pid: int | None = None) -> int:
         text = status.read_text()
     except FileNotFoundError as error:
         raise ProcessLookupError(f"{status} does not exist: no process {pid} runs here") from error
-    for line in text.splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"{status} has no line RssAnon (a kernel before 4.5, or a process that has ended)")
+    kinds = ("RssAnon:", "RssShmem:") if shared else ("RssAnon:",)
+    found = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(kinds)]
+    if len(found) != len(kinds):
+        raise OSError(f"{status} has no line RssAnon (a kernel before 4.5, or a process that has ended)")
+    return sum(found)
+
+
+def on_tmpfs(folder: str | Path) -> bool:
+    """Whether a folder's files lie in memory, as Linux's list of mounts says."""
+    mounts = Path("/proc/self/mounts")
+    if not mounts.exists():
+        return False
+    real = Path(folder).resolve()
+    listed = [line.split()[1:3] for line in mounts.read_text().splitlines()]
+    holding = [(place, kind) for place, kind in listed if real.is_relative_to(place)]
+    return max(holding, key=lambda mount: len(mount[0]), default=("/", ""))[1] == "tmpfs"
 
 
 def memory_error_bytes() -> int:
@@ -416,6 +430,7 @@ class PeakMemory:
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._running = False
+        self._shared = False
 
     def start(self) -> None:
         if self._running:
@@ -423,7 +438,7 @@ class PeakMemory:
         self._running = True
         if not can_read_memory():
             return
-        self._lowest_bytes = self._highest_bytes = anonymous_bytes(self.pid)
+        self._lowest_bytes = self._highest_bytes = anonymous_bytes(self.pid, shared=self._shared)
         self._done.clear()
         self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
         self._thread.start()
@@ -461,7 +476,7 @@ class PeakMemory:
         while not finished:
             finished = self._done.wait(SAMPLE_INTERVAL_S)  # the last reading comes after stop was asked for
             try:
-                now = anonymous_bytes(self.pid)
+                now = anonymous_bytes(self.pid, shared=self._shared)
             except OSError:  # the process ended in the window: what was seen until then stands
                 return
             self._highest_bytes = max(self._highest_bytes, now)
@@ -469,30 +484,33 @@ class PeakMemory:
 
 
 class PeakOfItem(PeakMemory):
-    """`PeakMemory` for a case: one window, from `start()` to the end of the item.
+    """`PeakMemory` for a case: one window, opened before the item begins and closed after it has ended.
 
-    The measured process can neither close it early nor open another, and memory it gives back inside the
-    window (ballast taken before) counts as taken.
+    Both are the judge's doing, so the measured process can neither open it late nor close it early; memory that
+    it gives back inside the window (ballast taken before) counts as taken, and so does shared memory where files
+    do not lie in it. What the case itself prepares is inside: it must stay below the bound.
     """
+
+    calls: ClassVar[tuple[str, ...]] = ("bound",)
 
     def __init__(self, pid: int | None = None) -> None:
         super().__init__(pid)
-        self._bounds: list[int | None] = []
-        self._began = False
+        self._bounds: list[int] = []
+        self._shared = not on_tmpfs(tempfile.gettempdir())
 
-    def start(self) -> None:
-        if self._began:
-            raise RuntimeError("start() was called twice; an item has one window")
-        self._began = True
-        super().start()
+    def begin(self) -> None:
+        """Open the window: the judge's call, before the item is begun."""
+        if self.pid == os.getpid():
+            settle()
+        self.start()
 
-    def stop(self, at_most: int | None = None) -> None:
-        """Say the bound; the window stays open until the item ends."""
-        if not self._began or self._bounds:
-            raise RuntimeError("stop() comes once, after start()")
+    def bound(self, at_most: int) -> None:
+        """Say the bound in bytes, once."""
+        if self._bounds:
+            raise RuntimeError("bound() was called twice; an item has one window and one bound")
         self._bounds.append(at_most)
 
     def counts(self) -> dict[str, tuple[float | None, float | None]]:
         if self._running and self._bounds:
-            super().stop(self._bounds[0])
+            self.stop(self._bounds[0])
         return super().counts()

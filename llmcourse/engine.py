@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -34,7 +35,7 @@ from llmcourse.judging import (
     outcome_of,
     saved_by,
     seen_by,
-    service_rng,
+    service_for,
     together,
     with_earlier_phases,
 )
@@ -82,6 +83,8 @@ class WorkerProcess:
         self._engine, self._exercise, self._answer, self._seed = engine, exercise, answer, seed
         self._sending = threading.Lock()
         self._calls = threading.Semaphore(MAX_CALLS)
+        # A call may wait for another, as `receive` for `send`: as many threads as calls may be under way.
+        self._servers = ThreadPoolExecutor(max_workers=MAX_CALLS)
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
         self._connection, theirs = socket.socketpair()
         closed = None if answer.trusted else course_places(exercise)
@@ -156,7 +159,7 @@ class WorkerProcess:
                 if "call" in reply:
                     if not self._calls.acquire(blocking=False):
                         raise wire.ProtocolError(f"more than {MAX_CALLS} calls at once")
-                    threading.Thread(target=self._serve, args=(service, reply, data), daemon=True).start()
+                    self._servers.submit(self._serve, service, reply, data)
                     continue
                 return outcome_of(self._checked(reply), data.get("observed"), {})
         except TimeoutError:
@@ -218,6 +221,7 @@ class WorkerProcess:
             if pid:
                 self._engine.zygote.end(pid)
         finally:
+            self._servers.shutdown(wait=False, cancel_futures=True)
             self._connection.close()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -409,9 +413,7 @@ class Run:
         )
         if self._exercise.ranks > 1:
             return self._ranks(item, seeds, limit, max_bytes)
-        service = item.service(service_rng(seeds[0])) if item.service else None
-        if service is not None and hasattr(service, "pid"):
-            service.pid = self._workers[0].pid
+        service = service_for(item, seeds[0], self._workers[0].pid)
         outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)
         return self._explained(seen_by(service, outcome))
 

@@ -149,6 +149,18 @@ def service_rng(seed: int) -> Rng:
     return Rng(derive_seed(seed, "service"))
 
 
+def service_for(item: Item, seed: int, pid: int | None) -> Any:
+    """The item's service, None where it has none; it may watch the process `pid`, None for this one, from now on."""
+    if item.service is None:
+        return None
+    service: Any = item.service(service_rng(seed))
+    if pid is not None and hasattr(service, "pid"):
+        service.pid = pid
+    if hasattr(service, "begin"):
+        service.begin()
+    return service
+
+
 def answer_seed(exercise: Exercise, item: Item, seed: int, expected: Mapping[str, Outcome] | None) -> int:
     """Seed of an answer's own randomness: the reference, which runs before anything is expected, has another."""
     return derive_seed(seed, "reference" if expected is None else "answer", exercise.name, item.name)
@@ -210,7 +222,7 @@ class InProcess:
         if exercise.ranks > 1:
             with kept_torch_state(seeds[1]):
                 return self._ranks(exercise, answer, item, seeds)
-        service = item.service(service_rng(seeds[0])) if item.service else None
+        service = service_for(item, seeds[0], None)
         if service is not None:
             extra.append(service)
         with kept_torch_state(seeds[1]):

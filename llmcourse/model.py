@@ -374,10 +374,18 @@ def load_checkpoint(
                 "with different values; set tie_word_embeddings to false if the head is its own"
             )
         state["lm_head.weight"] = embedding
-    model.load_state_dict(state, assign=True)
+    _assign(model, state)
     model.tie_weights()  # assigning made two parameters of the one
     model.model.rotary_emb.reset_buffers(device)
     return model
+
+
+def _assign(model: Decoder, state: Mapping[str, Tensor]) -> None:
+    """Make the tensors the model's parameters. `load_state_dict` would check once more what was checked before."""
+    for prefix, module in model.named_modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            tensor = state[f"{prefix}.{name}"]
+            module.register_parameter(name, nn.Parameter(tensor))
 
 
 @dataclass(frozen=True)

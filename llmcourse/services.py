@@ -2,7 +2,8 @@
 
 A service is built from the case's `Rng`. `calls` names the methods a case may call; arguments and results are plain
 data; a builtin exception it raises is raised in the case. `counts()` gives `{name: (counted, at most or None)}`.
-Optional are `attributes`, a dict that is readable on the case's side, and `observed(data)`, which gives, of what
+Optional are `attributes`, a dict that is readable on the case's side, `begin()`, called before the item is begun
+(with `pid` set to the process that runs it, where a service has that), and `observed(data)`, which gives, of what
 the case reported, the observations that count: what a service saw is not the worker's to report.
 """
 

@@ -237,10 +237,10 @@ def without_magics(text: str) -> tuple[str, list[str]]:
     first = next((line for line in lines if line.strip()), "")
     if first.startswith("%%") and not first.startswith(LINE_MAGIC_CELLS):
         return "", [first.strip()]
-    dropped = []
-    inside = _string_lines(text)
-    for number, line in enumerate(lines):
-        found = MAGIC.match(line)
+    dropped: list[str] = []
+    matches = [(number, line, MAGIC.match(line)) for number, line in enumerate(lines)]
+    inside = _string_lines(text) if any(found for _, _, found in matches) else set()
+    for number, line, found in matches:
         if found and number + 1 not in inside:
             dropped.append(line.strip())
             lines[number] = f"{found['indent']}pass"

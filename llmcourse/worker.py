@@ -9,6 +9,7 @@ operations: forking a warm thread pool deadlocks the child.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -31,6 +32,7 @@ import types
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -43,6 +45,7 @@ from llmcourse.exercise import Rng
 ANSWER_MODULE, CASE_MODULE = "answer", "llmcourse_case"
 MAX_FILE_BYTES, MAX_OPEN_FILES = 2 << 30, 512
 MAX_MESSAGE_CHARS = 500
+SET_CHILD_SUBREAPER = 36  # of prctl(2)
 # A configuration of some dozen values is shown whole: it may be all that an answer was given.
 MAX_NOTED_CALLS, MAX_NOTED_CHARS, MAX_SHOWN_CHARS = 2, 560, 450
 REQUEST_BYTES = 1 << 16
@@ -60,22 +63,19 @@ class Forbidden(RuntimeError):
 @contextlib.contextmanager
 def switched_off(names: Sequence[str]) -> Iterator[None]:
     """Replace library answers (dotted names) by ones that raise Forbidden, until the end of the block."""
-    kept: list[tuple[Any, str, Any]] = []
-    # All of them are imported before any is replaced, or a module first imported here would keep another's refusal.
-    owners = [_resolve(dotted.rpartition(".")[0]) for dotted in names]
+    places = [(_resolve(dotted.rpartition(".")[0]), dotted.rpartition(".")[2]) for dotted in names]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in places]
     try:
-        for dotted, owner in zip(names, owners, strict=True):
-            name = dotted.rpartition(".")[2]
-            kept.append((owner, name, getattr(owner, name)))
-            setattr(owner, name, _refuser(dotted, getattr(owner, name)))
+        switch_off(names)
         yield
     finally:
-        for owner, name, original in reversed(kept):
+        for owner, name, original in kept:
             setattr(owner, name, original)
 
 
 def switch_off(names: Sequence[str]) -> None:
     """Replace library answers for good: no frame and no object holds the originals for this."""
+    # All of them are imported before any is replaced, or a module first imported here would keep another's refusal.
     owners = [_resolve(dotted.rpartition(".")[0]) for dotted in names]
     for dotted, owner in zip(names, owners, strict=True):
         name = dotted.rpartition(".")[2]
@@ -447,6 +447,7 @@ def serve_zygote(control: socket.socket) -> None:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+        end_orphans(set())
 
 
 def _served(control: socket.socket, children: set[int]) -> bool:
@@ -481,16 +482,37 @@ def _served(control: socket.socket, children: set[int]) -> bool:
     else:
         _, status, usage = os.wait4(request["wait"], 0)
         children.discard(request["wait"])
+        end_orphans(children)
         control.sendall(json.dumps({"status": status, "max_rss": usage.ru_maxrss}).encode())
     return True
+
+
+def adopt_orphans() -> None:
+    """Become the parent of whatever a worker leaves behind, where the system has that (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_orphans(children: set[int]) -> None:
+    """Kill what ended workers started and left behind: every child of ours that we did not fork."""
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    while listed.exists():
+        left = {int(pid) for pid in listed.read_text().split()} - children
+        if not left:
+            return
+        for pid in left:  # one that ends may leave another
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def main() -> None:
     """Entry point of the zygote, with a socket's number and the modules to import beforehand as arguments."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    adopt_orphans()
     control = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    reset(0)  # the first takes 10 ms, which would be each worker's
     gc.freeze()
     gc.enable()
     # The judge may have ended, or ended this process, before it was ready.

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import mmap
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -347,6 +349,7 @@ def test_anonymous_bytes_see_what_is_allocated_and_not_what_is_mapped(tmp_path: 
 
 CHILD = """
 import sys
+import tempfile
 for line in sys.stdin:
     held = bytearray(b"x") * int(line)
     print(len(held), flush=True)
@@ -488,23 +491,49 @@ def test_settle_works_where_the_c_library_cannot_trim(monkeypatch: pytest.Monkey
 @reads_memory
 def test_one_window_of_an_item_stays_open_until_it_is_counted() -> None:
     peak = counting.PeakOfItem()
-    peak.start()
-    peak.stop(MIB)
-    held = bytearray(b"x") * (64 * MIB)  # after stop(), before counts(): still inside the window
+    peak.begin()
+    peak.bound(MIB)
+    held = bytearray(b"x") * (64 * MIB)  # after bound(), before counts(): still inside the window
     ((measured, at_most),) = peak.counts().values()
     assert measured is not None and measured >= len(held) - 2 * counting.memory_error_bytes()
     assert at_most == MIB
 
 
-@pytest.mark.parametrize(
-    "said", [["start", "start"], ["stop"], ["start", "stop", "stop"], ["start", "stop", "start"]]
-)
-def test_an_item_has_one_window(said: list[str]) -> None:
+def test_a_case_says_its_bound_once_and_opens_no_window() -> None:
     peak = counting.PeakOfItem()
-    with pytest.raises(RuntimeError, match="once|twice"):
-        for word in said:
-            getattr(peak, word)()
+    assert counting.PeakOfItem.calls == ("bound",)
+    peak.begin()
+    peak.bound(MIB)
+    with pytest.raises(RuntimeError, match="twice"):
+        peak.bound(2 * MIB)
     peak.counts()
+
+
+@reads_memory
+@pytest.mark.skipif(counting.on_tmpfs(tempfile.gettempdir()), reason="files here lie in shared memory")
+def test_shared_memory_of_an_item_counts() -> None:
+    peak = counting.PeakOfItem()
+    peak.begin()
+    with mmap.mmap(-1, 64 * MIB) as shared:
+        shared.write(b"x" * (64 * MIB))
+        peak.bound(MIB)
+        ((measured, _),) = peak.counts().values()
+    assert measured is not None and measured >= 64 * MIB - 2 * counting.memory_error_bytes()
+
+
+def test_the_longest_mount_point_tells_where_files_lie(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mounts = f"disk / ext4 rw 0 0\ntmpfs {tmp_path} tmpfs rw 0 0\ndisk {tmp_path}/kept ext4 rw 0 0\n"
+    read = Path.read_text
+    monkeypatch.setattr(
+        Path,
+        "read_text",
+        lambda path, *a, **k: mounts if str(path) == "/proc/self/mounts" else read(path, *a, **k),
+    )
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    found = [counting.on_tmpfs(place) for place in (tmp_path / "a", tmp_path / "kept" / "b", tmp_path.parent)]
+    assert found == [True, False, False]
 
 
 @reads_memory

@@ -288,6 +288,32 @@ def test_whatever_an_answer_does_becomes_its_own_verdict(engine, add, text, word
     assert verdict(engine, add, GOOD).verdict == "right"
 
 
+LEAVES_A_DAEMON = """
+import os, time
+def add(x, y):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            open("{note}", "w").write(str(os.getpid()))
+            time.sleep(600)
+        os._exit(0)
+    while not os.path.exists("{note}") or not open("{note}").read():
+        pass
+    return x + y
+"""
+
+
+@pytest.mark.skipif(
+    not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="this system does not list children"
+)
+def test_what_an_answer_leaves_behind_ends_with_it(engine, add, tmp_path):
+    note = tmp_path / "pid"
+    found = verdict(engine, add, LEAVES_A_DAEMON.format(note=note))
+    assert found.verdict == "right"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds a process's anonymous memory")
 @pytest.mark.parametrize(
     "text",
