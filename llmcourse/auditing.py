@@ -236,7 +236,7 @@ def audit_exercise(
     expected = {seed: engine.expected(exercise, seed) for seed in seeds}
 
     def verdict(answer: Answer, seed: int) -> Verdict:
-        return judge(engine, exercise, answer, seed, expected[seed])
+        return judge(engine, exercise, answer, seed, expected[seed], racing=False)
 
     _audit_reference(engine, found, verdict, seeds)
     _audit_stub(found, verdict, seeds[0])
@@ -391,7 +391,7 @@ def _audit_lazy(engine: Engine, found: ExerciseAudit, seed: int, expected: dict[
         # One method that does nothing, or one argument taken for constant, may leave a case untouched; everything
         # else must pass no case at all.
         partly = name.startswith(("method ", "ignores "))
-        result = judge(engine, e, _replaced(e, text), seed, expected, naming=False)
+        result = judge(engine, e, _replaced(e, text), seed, expected, naming=False, racing=False)
         passed = [r.item.name for r in result.results if r.item.kind == "case" and r.agrees]
         if (
             partly
@@ -403,7 +403,7 @@ def _audit_lazy(engine: Engine, found: ExerciseAudit, seed: int, expected: dict[
             found.problems.append(f"lazy answer '{name}' passes {', '.join(passed)}")
     taken = f"from llmcourse.lessons.{e.topic}.{e.name} import {e.name}\n"
     stolen = Answer(e.name, (("<changed>", taken),), own="<changed>")
-    result = judge(engine, e, stolen, seed, expected, naming=False)
+    result = judge(engine, e, stolen, seed, expected, naming=False, racing=False)
     if result.points or result.verdict == "right":
         found.problems.append("the reference imported by name earns points")
 
@@ -416,7 +416,7 @@ def constant(engine: Engine, exercise: Exercise, name: str, seed: int, expected:
     )
     text = IGNORING.format(name=exercise.name, parameter=name.removeprefix("ignores "), then=refuse)
     answer = _replaced(exercise, LAZY_PRELUDE.format(name=exercise.name) + text)
-    result = judge(engine, exercise, answer, seed, expected, naming=False)
+    result = judge(engine, exercise, answer, seed, expected, naming=False, racing=False)
     return all(item.agrees for item in result.results if item.item.kind == "case")
 
 

@@ -10,6 +10,7 @@ The judge never forks. Whatever an answer does ends as an `Outcome`; a fault of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -24,8 +25,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from llmcourse import source, wire
-from llmcourse.exercise import LESSONS, Exercise, Item, derive_seed, folders
+from llmcourse import racing, source, wire
+from llmcourse.exercise import LESSONS, Exercise, Item, Race, derive_seed, folders
 from llmcourse.judging import (
     Outcome,
     answer_seed,
@@ -39,12 +40,16 @@ from llmcourse.judging import (
     together,
     with_earlier_phases,
 )
+from llmcourse.racing import RaceResult
 from llmcourse.services import Link
+from llmcourse.track import Lane, Stumbled, run_race
 from llmcourse.zygote import HarnessFault, Zygote
 
 LOAD_LIMIT_S, REFERENCE_LIMIT_S = 10.0, 60.0
 CHEAP_S = 0.01  # an item that costs less than another worker would
+LINE_UP_LIMIT_S, LAP_LIMIT_S = 30.0, 5.0
 MAX_TRUSTED_BYTES = 1 << 31
+MAX_LAP_BYTES = 1 << 24
 MAX_DATA_BYTES = 6 << 30
 SLACK_BYTES, SLACK_FACTOR = 1 << 16, 4
 MAX_CALLS = 256
@@ -168,6 +173,39 @@ class WorkerProcess:
             return _failed("protocol", str(error))
         except wire.Ended as error:
             return _failed("died", self._ending(error))
+
+    def line_up(self, race: Race, contender: str, seeds: tuple[int, int], x: Any) -> None:
+        """Set up this worker as a contender of a race: "answer", "reference", "baseline" or "no-op"."""
+        ours = contender in ("baseline", "no-op")
+        message = {
+            "do": "line up",
+            "race": race.name,
+            "answer": race.baseline.__name__ if ours else self._answer.name,
+            "is_ours": ours,
+            "is_no_op": contender == "no-op",
+            "seed": seeds[0],
+            "answer_seed": seeds[1],
+        }
+        self._exchange(message, {"x": x}, LINE_UP_LIMIT_S)
+
+    def lap(self, x: Any) -> Any:
+        """Output of one lap of the race that this worker was lined up for; Stumbled when it gives none."""
+        return self._exchange({"do": "lap"}, {"x": x}, LAP_LIMIT_S)
+
+    def _exchange(self, message: dict[str, Any], data: dict[str, object], limit: float) -> Any:
+        """Send one message, read the data of its reply; a contender of a race calls no service."""
+        deadline = time.monotonic() + limit
+        try:
+            wire.send(self._connection, message, data, deadline=deadline)
+            reply, received = wire.receive(self._connection, max_bytes=MAX_LAP_BYTES, deadline=deadline)
+            error = self._checked(reply)["error"]
+        except TimeoutError:
+            raise Stumbled(f"it ran for more than {limit:.0f} s") from None
+        except (wire.ProtocolError, wire.Ended) as problem:
+            raise Stumbled(self._ending(problem)) from None
+        if error is not None:
+            raise Stumbled(f"{error.get('type', error['kind'])}: {error.get('message', '')}")
+        return received.get("observed")
 
     def _checked(self, reply: dict[str, Any]) -> dict[str, Any]:
         """What an answer's side says happened, nothing in it but what the protocol allows."""
@@ -347,6 +385,32 @@ class Engine:
         if missing:
             known |= Run(self, exercise, answer, seed, expected).outcomes(missing, known, goes_on)
         return {item.name: known[item.name] for item in items if item.name in known}
+
+    def race(self, exercise: Exercise, answer: Any, seed: int) -> RaceResult:
+        """Race a right answer against our own, each contender in a worker of its own on one core."""
+        assert exercise.race is not None
+        hidden = [exercise.name, *exercise.mistakes, *exercise.alternatives]
+        roots = [exercise.race.name, exercise.race.baseline.__name__]
+        cases = source.case_source(exercise.source, roots, hidden, exercise.path)
+        reference = self.ours(exercise, exercise.name)
+        workers: dict[str, WorkerProcess] = {}
+        try:
+            for name in racing.NAMES:
+                runs = answer if name == "answer" else reference
+                workers[name] = WorkerProcess(self, exercise, runs, seed)
+                loaded = workers[name].load(cases)
+                if loaded.stopped is not None:
+                    raise HarnessFault(
+                        f"{exercise.name}: a right answer could not be loaded again: {loaded.why}"
+                    )
+            lanes = {
+                name: Lane(functools.partial(worker.line_up, exercise.race, name), worker.lap, worker.pid)
+                for name, worker in workers.items()
+            }
+            return run_race(exercise, lanes, seed)
+        finally:
+            for worker in workers.values():
+                worker.close()
 
 
 class Run:

@@ -45,6 +45,7 @@ from torch import Tensor
 T = TypeVar("T")
 LESSONS = Path(__file__).parent / "lessons"
 MAX_COST_SHARE = 1 / 3
+MAX_RACE_SHARE = 1 / 4
 AUTHORITIES = ("worker", "protocol", "outside")
 
 
@@ -167,6 +168,33 @@ class Alternative:
     meets_costs: bool = True
 
 
+@dataclass(frozen=True)
+class Race:
+    """A comparison of speed, run once an answer is right: how it is set up, what it is fed, what must be beaten.
+
+    function: `(answer, rng) -> run`, the setup, untimed, in each contender's own process; `run(x) -> output` is a lap.
+    inputs: `(rng) -> x`, fresh for each lap, plain data. baseline: an answer in the exercise's shape that the
+    reference beats. keeps: part of the reference's gain, in logarithms, that an answer must keep. judge as in a case.
+    bytes_moved: bytes that the reference has to read in a lap, 0 where that says nothing.
+    """
+
+    name: str
+    function: Callable[..., Callable[[Any], Any]]
+    inputs: Callable[[Rng], Any]
+    baseline: Callable[..., Any]
+    share: float
+    keeps: float
+    tol: float = 1.0
+    because: str = ""
+    judge: Callable[[Any, Any], str | None] | None = None
+    bytes_moved: int = 0
+
+    @property
+    def title(self) -> str:
+        """First line of the docstring: what is raced."""
+        return (inspect.getdoc(self.function) or self.name.replace("_", " ")).splitlines()[0]
+
+
 @dataclass
 class Exercise:
     """A reference answer with everything that proves its checks; built by the decorators, read by the judge."""
@@ -186,6 +214,7 @@ class Exercise:
     mistakes: dict[str, Mistake] = field(default_factory=dict)
     alternatives: dict[str, Alternative] = field(default_factory=dict)
     excuses: dict[str, str] = field(default_factory=dict)
+    race: Race | None = None
 
     @property
     def topic(self) -> str:
@@ -212,7 +241,8 @@ class Exercise:
 
     def check_new(self, name: str) -> None:
         """ValueError where a name is taken: in one file, the later definition would replace the earlier one."""
-        if name in {self.name, *self.items, *self.mistakes, *self.alternatives}:
+        races = [] if self.race is None else [self.race.name]
+        if name in {self.name, *self.items, *self.mistakes, *self.alternatives, *races}:
             raise ValueError(f"{self.name}: two definitions are named {name!r}; rename one")
 
     def add(self, item: Item) -> None:
@@ -241,6 +271,21 @@ class Exercise:
         if shares > MAX_COST_SHARE + 1e-9:
             raise ValueError(f"{self.name}: costs share {shares:.3f} of the points; at most 1/3 together")
         self.items[item.name] = item
+
+    def add_race(self, race: Race) -> None:
+        """Register the race; ValueError where it breaks a rule of the contract."""
+        self.check_new(race.name)
+        if self.race is not None:
+            raise ValueError(f"{self.name}: a second race, {race.name}; expected one at most")
+        if self.ranks > 1:
+            raise ValueError(f"{self.name}: an exercise of {self.ranks} ranks has no race")
+        if not 0 < race.share <= MAX_RACE_SHARE:
+            raise ValueError(f"{self.name}.{race.name}: share={race.share}; expected above 0 and at most 1/4")
+        if not 0 < race.keeps < 1:
+            raise ValueError(f"{self.name}.{race.name}: keeps={race.keeps}; expected between 0 and 1")
+        if race.tol != 1.0 and not race.because:
+            raise ValueError(f"{self.name}.{race.name}: tol={race.tol} needs because='...' with its reason")
+        self.race = race
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -350,6 +395,34 @@ def cost(
     def register(function: F) -> F:
         of(reference).add(
             Item(function.__name__, "cost", function, share=share, authority=authority, service=service)
+        )
+        return function
+
+    return register
+
+
+def race(
+    reference: Callable[..., Any],
+    *,
+    inputs: Callable[[Rng], Any],
+    baseline: Callable[..., Any],
+    share: float,
+    keeps: float = 0.75,
+    tol: float = 1.0,
+    because: str = "",
+    judge: Callable[[Any, Any], str | None] | None = None,
+    bytes_moved: int = 0,
+) -> Callable[[F], F]:
+    """Add the race: `(answer, rng) -> run`; a right answer that is fast earns `share` of the points (at most 1/4).
+
+    See `Race` for the arguments and `llmcourse.racing` for how it is run and when it is not scored.
+    """
+
+    def register(function: F) -> F:
+        of(reference).add_race(
+            Race(
+                function.__name__, function, inputs, baseline, share, keeps, tol, because, judge, bytes_moved
+            )
         )
         return function
 

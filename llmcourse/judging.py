@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from llmcourse import agreement, wire
-from llmcourse.exercise import Exercise, Item, Mistake, Rng, derive_seed
+from llmcourse import agreement, track, wire
+from llmcourse.exercise import Exercise, Item, Mistake, Race, Rng, derive_seed
+from llmcourse.racing import RaceResult
 from llmcourse.services import Link
 from llmcourse.wire import Data
 from llmcourse.worker import UNSENDABLE, describe_error, parameters, perform, reset, switched_off
@@ -82,6 +83,7 @@ class Verdict:
     mistakes: tuple[Mistake, ...] = ()
     notes: tuple[str, ...] = ()
     seed: int = 0
+    race: RaceResult | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON: name, points, verdict, reason, mistake, cases and costs."""
@@ -111,6 +113,7 @@ class Verdict:
             "mistake": " / ".join(m.sentence for m in self.mistakes) or None,
             "cases": cases,
             "costs": costs,
+            "race": None if self.race is None else self.race.to_json(),
             "notes": list(self.notes),
         }
 
@@ -128,6 +131,8 @@ class Runner(Protocol):
         seed: int,
         expected: Mapping[str, Outcome] | None,
     ) -> dict[str, Outcome]: ...
+
+    def race(self, exercise: Exercise, answer: Any, seed: int) -> RaceResult: ...
 
 
 def limit_s(expected: Outcome | None) -> float:
@@ -207,6 +212,11 @@ class InProcess:
                     outcomes[item.name] = Outcome(error={"kind": "interrupted", "message": "interrupted"})
                     break
         return outcomes
+
+    def race(self, exercise: Exercise, answer: Any, seed: int) -> RaceResult:
+        """Race a right answer against our own, everybody in this process."""
+        with switched_off(exercise.forbid), kept_torch_state(seed):
+            return track.in_process(exercise, answer, seed)
 
     def _one(
         self,
@@ -479,8 +489,12 @@ def judge(
     expected: Mapping[str, Outcome],
     *,
     naming: bool = True,
+    racing: bool = True,
 ) -> Verdict:
-    """Run every item on the answer, compare with the reference's outcomes, name the mistake, give points."""
+    """Run every item on the answer, compare with the reference's outcomes, name the mistake, race it, give points.
+
+    Only an answer that is right is raced, and only once its points for everything else stand.
+    """
     items = list(exercise.items.values())
     outcomes = runner.run(exercise, answer, items, seed, expected)
     results = tuple(
@@ -496,7 +510,19 @@ def judge(
         and not all(result.outcome.kind in ("not written", "missing", "not run") for result in failed)
     ):
         named = recognise(runner, exercise, results, seed, expected)
-    return verdict_of(exercise, results, named, seed, complete=len(results) == len(items))
+    verdict = verdict_of(exercise, results, named, seed, complete=len(results) == len(items))
+    if exercise.race is None or not racing or verdict.verdict != "right":
+        return verdict
+    return raced(verdict, exercise.race, runner.race(exercise, answer, seed))
+
+
+def raced(verdict: Verdict, race: Race, result: RaceResult) -> Verdict:
+    """The verdict with its race: the race's share is kept by an answer that passed, or where nothing is scored."""
+    if result.verdict in ("passed", "shown"):
+        return replace(verdict, race=result)
+    points = round(verdict.points - race.share * verdict.max_points, 6)
+    word = "inconclusive" if result.verdict == "inconclusive" else verdict.verdict
+    return replace(verdict, race=result, points=points, verdict=word, reason=f"{race.title} {result.reason}")
 
 
 def verdict_of(

@@ -52,6 +52,35 @@ def cost_line(cost: CostResult) -> str:
     return f"{MARK[cost.agrees]} {cost.name}: {found}{bound} ({AUTHORITY[cost.authority]})"
 
 
+def race_line(verdict: Verdict) -> str:
+    """The race in one line: how fast beside the baseline, what our own reached, what was asked, and the verdict."""
+    race, result = verdict.exercise.race if verdict.exercise else None, verdict.race
+    if race is None or result is None:
+        return ""
+    mark = {"passed": "✓", "failed": "✗"}.get(result.verdict, "·")
+    found, ours = result.against_baseline, result.reference_gain
+    if found is None or ours is None or result.bar is None:
+        return f"{mark} race: {race.title} {result.reason}"
+    return (
+        f"{mark} race: {race.title} {found.middle:.2f}x the baseline [{found.low:.2f}, {found.high:.2f}], ours "
+        f"{ours.middle:.2f}x, asked {result.bar:.2f}x, {result.rounds} rounds: {result.reason}"
+    )
+
+
+def roofline_gain(verdict: Verdict) -> float | None:
+    """How many times as fast as the baseline a lap is that only reads its bytes at this machine's bandwidth."""
+    race, result = verdict.exercise.race if verdict.exercise else None, verdict.race
+    if race is None or result is None or not race.bytes_moved or not result.rounds:
+        return None
+    from statistics import median
+
+    from llmcourse.machine import probe
+
+    laps = zip(result.seconds["baseline"], result.seconds["no-op"], strict=True)
+    baseline_s = median(lap - transfer for lap, transfer in laps)
+    return baseline_s / (race.bytes_moved / probe().read_bytes_per_s_one_thread)
+
+
 def found_when(verdict: Verdict) -> str:
     """What introduces a mistake: several fit when nothing that was seen tells them apart."""
     return "This is what you get when:" if len(verdict.mistakes) == 1 else "Probably one of these:"
@@ -78,6 +107,8 @@ def text(verdict: Verdict) -> str:
             if not result.agrees and result.outcome.tried:
                 lines.append(f"      {tried(result.outcome.tried)}")
         lines += [f"  {cost_line(cost)}" for cost in result.costs]
+    if verdict.race is not None:
+        lines.append(f"  {race_line(verdict)}")
     lines += [f"  Note: {note}" for note in verdict.notes]
     if verdict.results and verdict.verdict == "wrong":
         lines.append(f"  To repeat with the same inputs: check({verdict.name}, seed={verdict.seed})")
@@ -117,6 +148,8 @@ def html(verdict: Verdict) -> str:
         parts.append(f"<div>{escape(verdict.reason)}</div>")
     parts += [_mistake_html(found_when(verdict), mistake.sentence) for mistake in verdict.mistakes]
     parts += [_item_html(result) for result in _shown(verdict)]
+    if verdict.race is not None:
+        parts.append(f"<div>{escape(race_line(verdict))}</div>{_race_svg(verdict)}")
     parts += [f"<div style='{MUTED}'>Note: {escape(note)}</div>" for note in verdict.notes]
     if verdict.results and verdict.verdict == "wrong":
         call = escape(f"check({verdict.name}, seed={verdict.seed})")
@@ -144,6 +177,46 @@ def _item_html(result: ItemResult) -> str:
         told = f"\n{tried(result.outcome.tried)}" if result.outcome.tried else ""
         lines.append(f"<div style='{CODE};margin-left:1.3em'>{escape((result.reason or '') + told)}</div>")
     return "".join(lines)
+
+
+ROW, LEFT, WIDE = 20, 90, 520  # pixels: height of a bar, room for its name, width of the longest
+
+
+def _race_svg(verdict: Verdict) -> str:
+    """Bars of how many times as fast as the baseline: answer with its interval, ours, the bar, the roofline."""
+    result = verdict.race
+    if result is None or result.against_baseline is None or result.reference_gain is None:
+        return ""
+    assert result.bar is not None
+    limit = roofline_gain(verdict)
+    answer, ours = result.against_baseline, result.reference_gain
+    scale = WIDE / (1.05 * max(answer.high, ours.high, limit or 0.0, 1.0))
+    rows = [
+        ("baseline", 1.0, "#999999"),
+        ("yours", answer.middle, "#0072b2"),
+        ("ours", ours.middle, "#56b4e9"),
+    ]
+    parts = []
+    for row, (name, value, colour) in enumerate(rows):
+        top = row * ROW
+        parts.append(f"<text x='0' y='{top + 14}'>{name} {value:.2f}x</text>")
+        parts.append(
+            f"<rect x='{LEFT}' y='{top + 4}' width='{scale * value:.1f}' height='{ROW - 8}' fill='{colour}'/>"
+        )
+    spread = f"M{LEFT + scale * answer.low:.1f} {ROW + 10}H{LEFT + scale * answer.high:.1f}"
+    parts.append(f"<path d='{spread}' stroke='currentColor' stroke-width='2'/>")
+    marks = [("asked", result.bar, "4 2"), *([("roofline", limit, "1 2")] if limit else [])]
+    for row, (name, value, dashes) in enumerate(marks):
+        x, bottom = LEFT + scale * value, len(rows) * ROW
+        parts.append(f"<path d='M{x:.1f} 0V{bottom}' stroke='{WRONG_COLOUR}' stroke-dasharray='{dashes}'/>")
+        parts.append(
+            f"<text x='{x:.1f}' y='{bottom + 13 * (row + 1)}' text-anchor='middle'>{name} {value:.2f}x</text>"
+        )
+    height = len(rows) * ROW + 13 * len(marks) + 6
+    return (
+        f"<svg class='llmcourse-race' width='{LEFT + WIDE + 60}' height='{height}' fill='currentColor' "
+        f"font-size='11' role='img' aria-label='race'>{''.join(parts)}</svg>"
+    )
 
 
 def hint_html(hint: str) -> str:

@@ -336,8 +336,12 @@ class Worker:
             message, data = self.channel.inbox.get()
             if message["do"] == "load":
                 self.load(message)
-            else:
+            elif message["do"] == "item":
                 self.item(message, data)
+            elif message["do"] == "line up":
+                self.line_up(message, data)
+            else:
+                self.lap(data)
 
     def load(self, message: dict[str, Any]) -> None:
         if not message["trusted"]:
@@ -406,6 +410,35 @@ class Worker:
         except UNSENDABLE as error:
             happened["error"] = describe_error(error, self.labels)
             self.channel.send({"done": True, **happened})
+
+    def line_up(self, message: dict[str, Any], data: dict[str, Any]) -> None:
+        """Set up a race: what laps run from now on. The no-op hands out the baseline's first output each time."""
+        reset(message["answer_seed"])
+        contender = getattr(self.cases if message["is_ours"] else self.answer, message["answer"], None)
+        error: dict[str, Any] | None = None
+        try:
+            run = getattr(self.cases, message["race"])(
+                contender, Rng(message["seed"], message["answer_seed"])
+            )
+            if message["is_no_op"]:
+                held = run(data["x"])
+                run = lambda x: held  # noqa: E731 - as short as a lap can be
+            self.lapping = run
+        except (Exception, SystemExit) as caught:  # noqa: BLE001 - whatever an answer raises is its outcome
+            error = describe_error(caught, self.labels)
+        self.channel.send({"done": True, "error": error, "seconds": 0.0, "tried": [], "changed": []})
+
+    def lap(self, data: dict[str, Any]) -> None:
+        error: dict[str, Any] | None = None
+        try:
+            output = self.lapping(data["x"])
+        except (Exception, SystemExit) as caught:  # noqa: BLE001 - whatever an answer raises is its outcome
+            output, error = None, describe_error(caught, self.labels)
+        reply: dict[str, Any] = {"done": True, "error": error, "seconds": 0.0, "tried": [], "changed": []}
+        try:
+            self.channel.send(reply, {"observed": output})
+        except UNSENDABLE as unsendable:
+            self.channel.send({**reply, "error": describe_error(unsendable, self.labels)})
 
 
 def become_worker(

@@ -238,6 +238,31 @@ def test_padding_in_the_files_is_not_loaded(tmp_path):
     assert last is not None and last.tolist() == [[0.0]]
 
 
+@pytest.mark.parametrize("saved", [1, 4])
+def test_fused_inputs_of_other_sizes_add_up_to_the_whole(tmp_path, seed, saved):
+    held = integers(seed, weight=(5, 25), x=(3, 25))
+    parts: Parts = [(3, 5), (5, 2)]
+    layers: dict[str, tuple[Parts, str, bool]] = {"weight": (parts, "row", True)}
+    files = resaved(tmp_path, opened(tmp_path, {"weight": held["weight"]}), layers, saved)
+    first, second = held["x"].split([15, 10], 1)
+    x = torch.cat([first, torch.zeros(3, 5), second, torch.zeros(3, 2)], 1)  # 4 units of 5, and 6 of 2
+    total = torch.zeros(3, 5, dtype=torch.float64)
+    for rank in range(2):
+        weight = load_rank_slice(files, "weight", parts, "row", rank, 2, padded=True)
+        assert weight is not None
+        mine = torch.cat([x[:, :20].chunk(2, 1)[rank], x[:, 20:].chunk(2, 1)[rank]], 1)
+        total += mine @ weight.T
+    assert torch.equal(total, held["x"] @ held["weight"].T)
+
+
+def test_a_file_for_as_many_ranks_gives_zeros_for_its_padding(tmp_path):
+    files = opened(
+        tmp_path, {"weight": torch.tensor([[1.0], [2.0]])}, {"weight": torch.tensor([[3.0], [99.0]])}
+    )
+    given = load_rank_slice(files, "weight", [(3, 1)], "column", 1, 2, padded=True)
+    assert given is not None and given.tolist() == [[3.0], [0.0]]
+
+
 @pytest.mark.parametrize(
     ("parts", "parallel", "world"),
     [
@@ -404,12 +429,36 @@ def test_a_file_without_the_tensor_says_so(seed):
         lesson.File("bias", None, torch.float32, None).get_slice("bias")
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lesson.whole_layers, lesson.fused_layers, lesson.remainders, lesson.heads_for_other_ranks,
+        lesson.columns_for_other_ranks, lesson.remainders_for_other_ranks, lesson.some_rows, lesson.some_columns,
+    ],
+)  # fmt: skip
+def test_no_case_can_be_had_without_looking_at_all_parts_and_sizes(make, seed):
+    loads = make(Rng(seed)).loads
+    kinds = {(load["parallel"], load["padded"]) for load in loads if len(load["shapes"][0]) == 2}
+    for parallel, padded in kinds:
+        several = [
+            load["parts"]
+            for load in loads
+            if (load["parallel"], load["padded"], len(load["parts"]) > 1) == (parallel, padded, True)
+        ]
+        if (make, parallel) != (lesson.whole_layers, "column"):
+            assert several, (parallel, padded)
+    everything = [part for load in loads for part in load["parts"]]
+    assert any(size > 1 for _, size in everything)
+    if make is not lesson.some_rows:
+        assert any(len({size for _, size in load["parts"]}) > 1 for load in loads)
+
+
 def test_an_answer_is_not_told_which_loads_are_to_be_refused(seed):
     checkpoint = lesson.not_to_be_cut(Rng(seed))
     shapes = {tuple(sorted(load)) for load in checkpoint.loads}
     assert len(shapes) == 1 and not any("refused" in name for name in shapes.pop())
     seen = checkpoint.observed(lesson.tried(lambda *arguments: torch.zeros(1), checkpoint))
-    assert [found[0] for found in seen.values()] == ["nothing"] * 9
-    assert [len(found) for found in seen.values()] == [2] * 4 + [1] * 5  # no value of what is to be refused
+    assert [found[0] for found in seen.values()] == ["nothing"] * 10
+    assert [len(found) for found in seen.values()] == [2] * 4 + [1] * 6  # no value of what is to be refused
     right = checkpoint.observed(lesson.tried(load_rank_slice, checkpoint))
-    assert [found[0] for found in right.values()] == ["nothing"] * 4 + ["ValueError"] * 5
+    assert [found[0] for found in right.values()] == ["nothing"] * 4 + ["ValueError"] * 6

@@ -7,7 +7,9 @@ import datetime
 import fractions
 import importlib
 import io
+import itertools
 import pickle
+import pickletools
 import random
 import sys
 import zipfile
@@ -55,8 +57,8 @@ class Anything:
 class Recorder(pickle._Unpickler):  # type: ignore[name-defined]  # in Python, so that it runs what we read
     """Records what it is asked to import, and imports nothing."""
 
-    def __init__(self, stream: io.BytesIO) -> None:
-        super().__init__(stream)
+    def __init__(self, stream: io.BytesIO, *, buffers: Any = None) -> None:
+        super().__init__(stream, buffers=buffers)
         self.asked: set[tuple[str, str]] = set()
 
     def find_class(self, module: str, name: str) -> Any:
@@ -75,7 +77,7 @@ def recorded(data: bytes) -> tuple[list[tuple[str, str]], bool]:
     """What unpicklers ask for in a row of pickles, sorted, and whether they got to the end."""
     stream, asked = io.BytesIO(data), set[tuple[str, str]]()
     while True:
-        unpickler = Recorder(stream)
+        unpickler = Recorder(stream, buffers=itertools.repeat(bytearray(b"outside")))
         try:
             unpickler.load()
         except Exception:  # noqa: BLE001 - unpicklers fail in any way on odd bytes
@@ -145,6 +147,29 @@ def test_what_the_cases_want_refused_an_unpickler_does_not_get_through_or_calls_
         else:
             assert was_refused, name
     assert {was_refused for was_refused, _ in outcomes.values()} == {True, False}
+
+
+def test_all_opcodes_are_tried_and_read_as_an_unpickler_reads_them(seed):
+    made = lesson.BetweenNames(exercise.Rng(seed)).made(exercise.Rng(seed))
+    occurring = {op.name for data in made.values() for op, _, _ in pickletools.genops(data)}
+    assert occurring == {op.name for op in pickletools.opcodes}
+    for name, data in made.items():
+        asked, whole = recorded(data)
+        assert whole == (name not in lesson.UNUSABLE), name
+        assert not refused(data) and set(asked) <= set(pickle_imports(data)), name
+        if whole:
+            assert pickle_imports(data) == asked, name
+
+
+def test_what_the_case_of_every_protocol_holds_is_what_the_pickle_module_writes_in_all_of_them(seed):
+    made = lesson.Real(exercise.Rng(seed)).made(exercise.Rng(seed))
+    for name, data in made.items():
+        assert recorded(data) == (pickle_imports(data), True), name
+    occurring = {op.name for data in made.values() for op, _, _ in pickletools.genops(data)}
+    assert occurring >= {
+        *("BUILD", "NEWOBJ", "FROZENSET", "EMPTY_SET", "LONG", "LONG1", "LONG4", "BINBYTES", "BYTEARRAY8"),
+        *("MEMOIZE", "LONG_BINPUT", "LONG_BINGET", "PUT", "GET", "POP", "POP_MARK", "BINPERSID"),
+    }
 
 
 def random_program(draw: random.Random) -> bytes:
@@ -249,6 +274,15 @@ def test_every_damage_to_an_archive_is_refused_or_does_not_matter(compression, s
     assert unharmed
 
 
+def test_a_compression_that_damage_made_up_is_refused_as_damage():
+    data = lesson.archive({"a/data.pkl": b"N."})
+    directory = data.index(b"PK\x01\x02")
+    for method in (1, 12, 14, 99):  # of these zipfile knows bzip2 and LZMA, whose errors are others than zlib's
+        changed = bytearray(data)
+        changed[8] = changed[directory + 10] = method
+        assert refused(bytes(changed)), method
+
+
 def canary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A pickle that imports a module of the folder and calls a function which writes a file there."""
     (folder / "canary_of_a_test.py").write_text(
@@ -287,6 +321,22 @@ def test_an_unpickler_that_records_is_switched_off(seed):
     expected = judging.expectations(runner, found, seed)
     verdict = judging.judge(runner, found, recording, seed, expected, naming=False)
     assert verdict.points == 0 and "Forbidden" in verdict.reason
+
+
+def test_an_archive_looked_into_before_does_not_make_the_next_one_cheaper(seed):
+    """Whoever keeps what a first call found is counted on bytes that it has not met."""
+    kept: dict[bytes, list[tuple[str, str]]] = {}
+
+    def keeping(data: bytes) -> list[tuple[str, str]]:
+        if data not in kept:
+            kept[data] = lesson.all_unpacked(data)
+        return kept[data]
+
+    found = exercise.of(pickle_imports)
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    verdict = judging.judge(runner, found, keeping, seed, expected, naming=False)
+    assert [result.item.name for result in verdict.results if not result.agrees] == ["weights_are_left_alone"]
 
 
 def test_which_file_is_which_never_leaves_the_judge(seed):

@@ -318,12 +318,13 @@ def of_heads(heads: int, key_heads: int, size: int) -> list[tuple[int, int]]:
 
 def whole_layers(rng: Rng) -> Checkpoint:
     world, size, width = rng.integer(2, 4), rng.integer(2, 3), rng.choice([5, 7])
-    heads, wide = [(world * rng.integer(1, 2), size)], [(world * rng.integer(3, 4), 1)]
+    heads, wide = [(world * rng.integer(1, 2), size)], [(world * rng.integer(3, 4), 1), (world, 2)]
+    square = sum(units * units_size for units, units_size in wide)
     layers = [
         numbered(layer(rng, "q_proj.weight", heads, width=width)),
         numbered(layer(rng, "q_proj.bias", heads)),
-        numbered(layer(rng, "down_proj.weight", wide, "row", width=width)),
-        Layer("down_proj.bias", rng.normal(width), wide, "row"),
+        numbered(layer(rng, "down_proj.weight", wide, "row", width=square)),
+        Layer("down_proj.bias", rng.normal(square), wide, "row"),
     ]
     return Checkpoint(rng, *(Load(one, 1, world) for one in layers))
 
@@ -333,9 +334,10 @@ def fused_layers(rng: Rng) -> Checkpoint:
     key_heads = world * rng.integer(1, 2)
     heads = of_heads(key_heads * rng.integer(2, 3), key_heads, rng.integer(2, 3))
     gated = [(world * rng.integer(3, 4), 1)] * 2
+    mixed = [(world, 3), *rng.shuffled([(world * 2, 2), (world * 3, 1)]), (world, 4)]
     layers = [
         numbered(layer(rng, "qkv_proj.weight", heads, width=width)),
-        numbered(layer(rng, "qkv_proj.bias", heads)),
+        numbered(layer(rng, "in_proj.bias", mixed)),
         numbered(layer(rng, "gate_up_proj.weight", gated, width=width)),
     ]
     return Checkpoint(rng, *(Load(one, 1, world) for one in layers))
@@ -344,24 +346,28 @@ def fused_layers(rng: Rng) -> Checkpoint:
 def few_key_heads(rng: Rng) -> Checkpoint:
     key_heads, copies = rng.choice([(2, 2), (2, 4), (3, 2)])
     world = key_heads * copies
-    heads = of_heads(world, key_heads, 4)
     layers = [
-        numbered(layer(rng, "qkv_proj.weight", heads, width=3)),
-        numbered(layer(rng, "qkv_proj.bias", heads)),
+        numbered(layer(rng, "qkv_proj.weight", of_heads(world, key_heads, 4), width=3)),
+        numbered(layer(rng, "qkv_proj.bias", [(world, 2), (key_heads, 4), (key_heads, 3)])),
     ]
     return Checkpoint(rng, *(Load(one, 1, world) for one in layers))
 
 
 def remainders(rng: Rng) -> Checkpoint:
     words, world = rng.choice([(5, 4), (11, 5), (13, 6)])
-    gated = [(10, 1)]
+    gated = [(10, 1), (5, 2)]
     return Checkpoint(
         rng,
-        Load(numbered(layer(rng, "lm_head.bias", [(2, 1)], padded=True)), 1, 4),
+        Load(numbered(layer(rng, "lm_head.bias", [(2, 3)], padded=True)), 1, 4),
         Load(numbered(layer(rng, "embed_tokens.weight", [(words, 1)], width=3, padded=True)), 1, world),
         Load(numbered(layer(rng, "lm_head.bias", [(words, 1)], padded=True)), 1, world),
-        Load(numbered(layer(rng, "gate_up_proj.weight", gated * 2, width=3, padded=True)), 1, 4),
-        Load(numbered(layer(rng, "down_proj.weight", gated, "row", width=3, padded=True)), 1, 4),
+        Load(numbered(layer(rng, "gate_up_proj.weight", [(10, 1), (11, 1)], width=3, padded=True)), 1, 4),
+        Load(
+            numbered(layer(rng, "down_proj.weight", rng.shuffled(gated), "row", width=3, padded=True)), 1, 4
+        ),
+        Load(
+            Layer("down_proj.bias", rng.normal(10), gated, "row", padded=True), 1, 4, [0, rng.integer(1, 3)]
+        ),
     )
 
 
@@ -370,8 +376,9 @@ def not_to_be_cut(rng: Rng) -> Checkpoint:
         (layer(rng, "k_proj.weight", [(6, 2)], width=3), 4),
         (layer(rng, "k_proj.weight", [(3, 2)], width=3), 4),
         (layer(rng, "qkv_proj.weight", of_heads(12, 3, 2), width=3), 4),
+        (layer(rng, "k_proj.bias", [(6, 2)]), 4),
         (layer(rng, "o_proj.weight", [(6, 2)], "row", width=3), 4),
-        (layer(rng, "o_proj.weight", [(2, 2)], "row", width=3), 4),
+        (layer(rng, "o_proj.weight", [(4, 1), (2, 2)], "row", width=3), 4),
     ]
     allowed = layer(rng, "o_proj.weight", [(4, 2)], "row", width=3)
     tried = [Load(one, 1, world, [rng.integer(0, world - 1)], refused=True) for one, world in refused]
@@ -379,7 +386,7 @@ def not_to_be_cut(rng: Rng) -> Checkpoint:
 
 
 def heads_for_other_ranks(rng: Rng) -> Checkpoint:
-    few, many = of_heads(8, 2, 2), of_heads(12, 6, 2)
+    few, many = of_heads(8, 2, 2), [(12, 2), (6, 3), (6, 1)]
     twins = layer(rng, "qkv_proj.weight", few, width=3)
     twins.whole[18:20] = twins.whole[16:18]  # two key heads of equal values, which are not copies of one
     return Checkpoint(
@@ -395,7 +402,7 @@ def heads_for_other_ranks(rng: Rng) -> Checkpoint:
 
 
 def columns_for_other_ranks(rng: Rng) -> Checkpoint:
-    heads, wide = [(8, 2)], [(12, 1)]
+    heads, wide = [(8, 2), (8, 1)], [(6, 3), (12, 1)]
     return Checkpoint(
         rng,
         Load(layer(rng, "o_proj.weight", heads, "row", width=3), 4, 8),
@@ -406,13 +413,16 @@ def columns_for_other_ranks(rng: Rng) -> Checkpoint:
 
 
 def remainders_for_other_ranks(rng: Rng) -> Checkpoint:
-    words, wide = rng.integer(17, 19), [(rng.integer(17, 19), 1)]
+    words, wide = rng.integer(17, 19), rng.integer(17, 19)
+    gated, fused = [(wide, 1), (wide - 8, 2)], [(wide, 1), (5, 2)]
     return Checkpoint(
         rng,
         Load(layer(rng, "embed_tokens.weight", [(words, 1)], width=3, padded=True), 8, 4),
-        Load(layer(rng, "embed_tokens.weight", [(words, 1)], width=3, padded=True), 4, 8),
-        Load(layer(rng, "gate_up_proj.weight", wide * 2, width=3, padded=True), 8, 4),
-        Load(layer(rng, "down_proj.weight", wide, "row", width=3, padded=True), 4, 8),
+        Load(layer(rng, "lm_head.bias", [(words, 2)], padded=True), 4, 8),
+        Load(layer(rng, "gate_up_proj.weight", gated, width=3, padded=True), 8, 4, [0, 2, 3]),
+        Load(layer(rng, "down_proj.weight", fused, "row", width=3, padded=True), 4, 8, [0, 2, 5, 7]),
+        Load(layer(rng, "gate_up_proj.weight", [(5, 2), (7, 1)], width=3, padded=True), 4, 4, [2, 3]),
+        Load(Layer("down_proj.bias", rng.normal(5), fused, "row", padded=True), 4, 8, [0, rng.integer(1, 7)]),
     )
 
 
@@ -434,18 +444,19 @@ def some_rows(rng: Rng) -> Checkpoint:
         Load(layer(rng, "qkv_proj.weight", heads, width=16), 1, 8, [rng.integer(0, 7)]),
         Load(layer(rng, "qkv_proj.weight", heads, width=16), 4, 8, [rng.integer(0, 7)]),
         Load(layer(rng, "qkv_proj.weight", heads, width=16), 8, 4, [rng.integer(0, 3)]),
-        Load(layer(rng, "embed_tokens.weight", [(37, 1)], width=16, padded=True), 8, 4, [0, 3]),
+        Load(layer(rng, "embed_tokens.weight", [(37, 1), (21, 2)], width=16, padded=True), 8, 4, [0, 3]),
         Load(layer(rng, "embed_tokens.weight", [(13, 1)], width=16, padded=True), 3, 6, [4, 5]),
     )
 
 
 def some_columns(rng: Rng) -> Checkpoint:
-    heads = [(16, 4)]
+    heads = [(16, 4), (8, 3)]
     return Checkpoint(
         rng,
         Load(layer(rng, "o_proj.weight", heads, "row", width=24), 1, 8, [rng.integer(0, 7)]),
         Load(layer(rng, "o_proj.weight", heads, "row", width=24), 4, 8, [rng.integer(0, 7)]),
         Load(layer(rng, "o_proj.weight", heads, "row", width=24), 8, 4, [rng.integer(0, 3)]),
+        Load(layer(rng, "down_proj.weight", [(13, 2), (5, 3)], "row", width=24, padded=True), 3, 4, [0, 3]),
         Load(Layer("o_proj.bias", rng.normal(24), heads, "row"), 4, 8, [0, rng.integer(1, 7)]),
     )
 
@@ -455,13 +466,13 @@ def some_columns(rng: Rng) -> Checkpoint:
 
 @case(load_rank_slice, service=whole_layers)
 def rows_or_columns(answer, rng, checkpoint):
-    """A column-parallel and a row-parallel layer with their biases, saved whole, on every rank."""
+    """A column-parallel and a square, fused row-parallel layer with their biases, saved whole, on every rank."""
     return loaded(answer, checkpoint)
 
 
 @case(load_rank_slice, service=fused_layers)
 def fused_parts(answer, rng, checkpoint):
-    """Fused queries, keys and values with fewer key heads, and a gate fused with what it gates."""
+    """Fused queries, keys and values with fewer key heads, a gate with what it gates, and four parts of other sizes."""
     return loaded(answer, checkpoint)
 
 
@@ -473,7 +484,7 @@ def more_ranks_than_key_heads(answer, rng, checkpoint):
 
 @case(load_rank_slice, service=remainders)
 def padded_remainders(answer, rng, checkpoint):
-    """Words, and rows of a gated layer, that the ranks do not divide; a rank may have padding only."""
+    """Words, and rows of fused layers, that the ranks do not divide; a rank may have padding only."""
     return loaded(answer, checkpoint)
 
 
@@ -491,13 +502,13 @@ def resharded_rows(answer, rng, checkpoint):
 
 @case(load_rank_slice, service=columns_for_other_ranks)
 def resharded_columns(answer, rng, checkpoint):
-    """Row-parallel layers and a bias of theirs, saved for another number of ranks."""
+    """Fused row-parallel layers and a bias of theirs, saved for another number of ranks."""
     return loaded(answer, checkpoint)
 
 
 @case(load_rank_slice, service=remainders_for_other_ranks)
 def resharded_remainders(answer, rng, checkpoint):
-    """Padded layers saved for 8 ranks and loaded by 4, and the other way round."""
+    """Padded layers saved for 8 ranks and loaded by 4, the other way round, and by as many as they were saved for."""
     return loaded(answer, checkpoint)
 
 
@@ -518,7 +529,7 @@ def rows_requested(answer, rng, checkpoint):
 
 @cost(load_rank_slice, share=1 / 6, authority="protocol", service=some_columns)
 def columns_requested(answer, rng, checkpoint):
-    """What one rank asks for of a row-parallel layer and its bias."""
+    """What one rank asks for of fused and padded row-parallel layers and a bias."""
     return {"observed": loaded(answer, checkpoint)}
 
 
@@ -694,6 +705,9 @@ def equal_runs(parts, rank, world, padded):
     load_rank_slice,
     "A fused weight is cut in equal runs, so one rank gets queries and another keys.",
     fails=[
+        "rows_or_columns",
+        "resharded_columns",
+        "columns_requested",
         "fused_parts",
         "more_ranks_than_key_heads",
         "padded_remainders",
@@ -718,7 +732,15 @@ def equal_thirds(parts, rank, world, padded):
 @mistake(
     load_rank_slice,
     "Queries, keys and values are taken for equally many rows.",
-    fails=["fused_parts", "more_ranks_than_key_heads", "resharded_rows", "rows_requested"],
+    fails=[
+        "rows_or_columns",
+        "resharded_columns",
+        "columns_requested",
+        "fused_parts",
+        "more_ranks_than_key_heads",
+        "resharded_rows",
+        "rows_requested",
+    ],
 )
 def as_many_keys_as_queries(files, name, parts, parallel, rank, world, padded=False):
     return load_by_places(files, name, parts, parallel, rank, world, padded, rule=equal_thirds)
@@ -815,7 +837,13 @@ def copies_refused(files, name, parts, parallel, rank, world, padded=False):
 @mistake(
     load_rank_slice,
     "Every rank of a row-parallel layer gets the bias, so the sum has it as often as there are ranks.",
-    fails=["rows_or_columns", "resharded_columns", "columns_requested"],
+    fails=[
+        "padded_remainders",
+        "resharded_remainders",
+        "rows_or_columns",
+        "resharded_columns",
+        "columns_requested",
+    ],
 )
 def bias_on_every_rank(files, name, parts, parallel, rank, world, padded=False):
     stored = files[0].get_slice(name)
@@ -827,7 +855,13 @@ def bias_on_every_rank(files, name, parts, parallel, rank, world, padded=False):
 @mistake(
     load_rank_slice,
     "The bias of a row-parallel layer is cut among the ranks, though each of them has all outputs.",
-    fails=["rows_or_columns", "resharded_columns", "columns_requested"],
+    fails=[
+        "padded_remainders",
+        "resharded_remainders",
+        "rows_or_columns",
+        "resharded_columns",
+        "columns_requested",
+    ],
 )
 def bias_cut_with_the_columns(files, name, parts, parallel, rank, world, padded=False):
     stored = files[0].get_slice(name)
@@ -853,7 +887,13 @@ def bias_read_everywhere(files, name, parts, parallel, rank, world, padded=False
 @mistake(
     load_rank_slice,
     "What is left when the ranks do not divide the words is dropped.",
-    fails=["padded_remainders", "resharded_remainders", "memory_of_its_own", "rows_requested"],
+    fails=[
+        "columns_requested",
+        "padded_remainders",
+        "resharded_remainders",
+        "memory_of_its_own",
+        "rows_requested",
+    ],
 )
 def remainder_dropped(files, name, parts, parallel, rank, world, padded=False):
     def rule(parts, rank, world, padded):
@@ -870,7 +910,13 @@ def remainder_dropped(files, name, parts, parallel, rank, world, padded=False):
 @mistake(
     load_rank_slice,
     "The last ranks get fewer words, or none, and no padding.",
-    fails=["padded_remainders", "resharded_remainders", "memory_of_its_own", "rows_requested"],
+    fails=[
+        "columns_requested",
+        "padded_remainders",
+        "resharded_remainders",
+        "memory_of_its_own",
+        "rows_requested",
+    ],
 )
 def last_ranks_shorter(files, name, parts, parallel, rank, world, padded=False):
     def rule(*arguments):
@@ -882,7 +928,13 @@ def last_ranks_shorter(files, name, parts, parallel, rank, world, padded=False):
 @mistake(
     load_rank_slice,
     "The remainder is spread: some ranks get one word more, and the others a row of padding.",
-    fails=["padded_remainders", "resharded_remainders", "memory_of_its_own", "rows_requested"],
+    fails=[
+        "columns_requested",
+        "padded_remainders",
+        "resharded_remainders",
+        "memory_of_its_own",
+        "rows_requested",
+    ],
 )
 def remainder_spread(files, name, parts, parallel, rank, world, padded=False):
     def rule(parts, rank, world, padded):
@@ -916,7 +968,7 @@ def words_copied(files, name, parts, parallel, rank, world, padded=False):
 @mistake(
     load_rank_slice,
     "The padding of all parts is put at the end, where it belongs after each part.",
-    fails=["padded_remainders", "resharded_remainders"],
+    fails=["rows_requested", "padded_remainders", "resharded_remainders"],
 )
 def padding_at_the_end(files, name, parts, parallel, rank, world, padded=False):
     def rule(*arguments):
@@ -1029,7 +1081,13 @@ def first_file_only(files, name, parts, parallel, rank, world, padded=False):
 @mistake(
     load_rank_slice,
     "The files put one after the other are taken for the whole, though each has a run of every part.",
-    fails=["resharded_rows", "resharded_remainders", "rows_requested"],
+    fails=[
+        "resharded_columns",
+        "columns_requested",
+        "resharded_rows",
+        "resharded_remainders",
+        "rows_requested",
+    ],
 )
 def files_taken_in_a_row(files, name, parts, parallel, rank, world, padded=False):
     def saved_rule(parts, index, saved, padded):
@@ -1093,7 +1151,7 @@ def copies_told_by_value(files, name, parts, parallel, rank, world, padded=False
 @mistake(
     load_rank_slice,
     "The padding in the files counts as words, so the words are dealt anew with it.",
-    fails=["resharded_remainders", "memory_of_its_own", "rows_requested"],
+    fails=["columns_requested", "resharded_remainders", "memory_of_its_own", "rows_requested"],
 )
 def padding_taken_for_words(files, name, parts, parallel, rank, world, padded=False):
     refuse(parts, parallel, world, padded)
@@ -1105,7 +1163,7 @@ def padding_taken_for_words(files, name, parts, parallel, rank, world, padded=Fa
 @mistake(
     load_rank_slice,
     "The padding in the files is taken for zeros and loaded.",
-    fails=["resharded_remainders", "memory_of_its_own", "rows_requested"],
+    fails=["columns_requested", "resharded_remainders", "memory_of_its_own", "rows_requested"],
 )
 def padding_trusted(files, name, parts, parallel, rank, world, padded=False):
     refuse(parts, parallel, world, padded)
@@ -1143,7 +1201,14 @@ def one_file_for_each_rank(files, name, parts, parallel, rank, world, padded=Fal
 @mistake(
     load_rank_slice,
     "Pieces are put together file by file, so keys of one file come before queries of the next.",
-    fails=["padded_remainders", "resharded_rows", "resharded_remainders", "rows_requested"],
+    fails=[
+        "resharded_columns",
+        "columns_requested",
+        "padded_remainders",
+        "resharded_rows",
+        "resharded_remainders",
+        "rows_requested",
+    ],
 )
 def file_after_file(files, name, parts, parallel, rank, world, padded=False):
     refuse(parts, parallel, world, padded)
@@ -1177,6 +1242,124 @@ def columns_copied(files, name, parts, parallel, rank, world, padded=False):
 def first_part_looked_at(files, name, parts, parallel, rank, world, padded=False):
     refuse(parts[:1], parallel, world, padded)
     return load_by_runs(files, name, parts, parallel, rank, world, padded)
+
+
+EVERYWHERE_BUT_REFUSED = [
+    "rows_or_columns",
+    "fused_parts",
+    "more_ranks_than_key_heads",
+    "padded_remainders",
+    "resharded_rows",
+    "resharded_columns",
+    "resharded_remainders",
+    "rows_requested",
+    "columns_requested",
+]
+
+
+def with_other_parts(parts_of):
+    """An answer that takes `parts_of(parts, parallel, padded)` for the parts."""
+
+    def answer(files, name, parts, parallel, rank, world, padded=False):
+        refuse(parts, parallel, world, padded)
+        return load_by_runs(files, name, parts_of(parts, parallel, padded), parallel, rank, world, padded)
+
+    return answer
+
+
+@mistake(
+    load_rank_slice,
+    "The size of the first part is taken for that of every part.",
+    fails=EVERYWHERE_BUT_REFUSED,
+)
+def one_size_for_all(files, name, parts, parallel, rank, world, padded=False):
+    other = with_other_parts(lambda parts, parallel, padded: [(units, parts[0][1]) for units, _ in parts])
+    return other(files, name, parts, parallel, rank, world, padded)
+
+
+@mistake(
+    load_rank_slice,
+    "What is padded is taken for single rows, whatever size its units have.",
+    fails=["padded_remainders", "resharded_remainders", "rows_requested", "columns_requested"],
+)
+def padded_units_of_one_row(files, name, parts, parallel, rank, world, padded=False):
+    other = with_other_parts(
+        lambda parts, parallel, padded: [(units, 1 if padded else size) for units, size in parts]
+    )
+    return other(files, name, parts, parallel, rank, world, padded)
+
+
+@mistake(
+    load_rank_slice,
+    "Parts that are padded are taken for as many units as the first of them.",
+    fails=["padded_remainders", "resharded_remainders", "rows_requested", "columns_requested"],
+)
+def padded_parts_alike(files, name, parts, parallel, rank, world, padded=False):
+    other = with_other_parts(
+        lambda parts, parallel, padded: [(parts[0][0] if padded else units, size) for units, size in parts]
+    )
+    return other(files, name, parts, parallel, rank, world, padded)
+
+
+@mistake(
+    load_rank_slice,
+    "Of a row-parallel layer only the first part is loaded, as if its inputs could not be fused.",
+    fails=[
+        "rows_or_columns",
+        "padded_remainders",
+        "resharded_columns",
+        "resharded_remainders",
+        "columns_requested",
+    ],
+)
+def first_part_of_columns(files, name, parts, parallel, rank, world, padded=False):
+    other = with_other_parts(lambda parts, parallel, padded: parts[:1] if parallel == "row" else parts)
+    return other(files, name, parts, parallel, rank, world, padded)
+
+
+@mistake(
+    load_rank_slice,
+    "Columns are taken for one part: the fused inputs of a row-parallel layer are cut in equal runs.",
+    fails=[
+        "rows_or_columns",
+        "padded_remainders",
+        "resharded_columns",
+        "resharded_remainders",
+        "columns_requested",
+    ],
+)
+def columns_in_equal_runs(files, name, parts, parallel, rank, world, padded=False):
+    other = with_other_parts(
+        lambda parts, parallel, padded: (
+            [(sum(units * size for units, size in parts), 1)] if parallel == "row" else parts
+        )
+    )
+    return other(files, name, parts, parallel, rank, world, padded)
+
+
+@mistake(
+    load_rank_slice,
+    "As many ranks as files: the file is taken as it is, with what happens to be in its padding.",
+    fails=["resharded_remainders"],
+)
+def own_file_as_it_is(files, name, parts, parallel, rank, world, padded=False):
+    if len(files) == world and (parallel == "column" or rank == 0):
+        return files[rank].get_slice(name)[:].clone()
+    return load_by_places(files, name, parts, parallel, rank, world, padded)
+
+
+@mistake(
+    load_rank_slice,
+    "Looks for the axis that is as long as the parts say, which of a square weight both are.",
+    fails=["rows_or_columns"],
+)
+def axis_by_length(files, name, parts, parallel, rank, world, padded=False):
+    shape = files[0].get_slice(name).get_shape()
+    length = sum(units * size for units, size in parts)
+    if len(files) == 1 and len(shape) == 2 and shape[0] == length:
+        refuse(parts, parallel, world, padded)
+        parallel = "column"
+    return load_by_places(files, name, parts, parallel, rank, world, padded)
 
 
 # --------------------------------------------------------------------------------------------------- alternatives

@@ -131,24 +131,28 @@ class Entry:
         return bytes(byte & 1 for byte in raw) if self.dtype == "BOOL" else raw
 
 
-def head(entries: Sequence[Entry], *, pad: int = 8, mixed: Rng | None = None) -> bytes:
-    """Length and header of a file whose tensors lie one after the other; the data begins `pad % 8` bytes off."""
+def head(entries: Sequence[Entry], *, pad: int = 8, mixed: Rng | None = None, metadata: bool = True) -> bytes:
+    """Length and header of a file whose tensors lie one after the other; the data begins `pad % 8` bytes off.
+
+    With `mixed` the tensors, and `__metadata__` among them, stand in a drawn order.
+    """
     begin, found = 0, {}
     for entry in entries:
         end = begin + entry.size_bytes
         found[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
         begin = end
-    names = mixed.shuffled(found) if mixed else list(found)
-    ordered = {"__metadata__": {"format": "pt"}, **{name: found[name] for name in names}}
+    told = {"__metadata__": {"format": "pt"}, **found} if metadata else found
+    names = mixed.shuffled(told) if mixed else list(told)
+    ordered = {name: told[name] for name in names}
     text = json.dumps(ordered, ensure_ascii=False).encode()
     text += b" " * ((pad - len(text)) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def write(path: str, rng: Rng, entries: Sequence[Entry], *, pad: int = 8) -> None:
+def write(path: str, rng: Rng, entries: Sequence[Entry], *, pad: int = 8, metadata: bool = True) -> None:
     """Write a file of random values, its header in another order than its data."""
     data = b"".join(entry.drawn(rng) for entry in entries)
-    Path(path).write_bytes(head(entries, pad=pad, mixed=rng) + data)
+    Path(path).write_bytes(head(entries, pad=pad, mixed=rng, metadata=metadata) + data)
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -161,17 +165,18 @@ def is_mapped(tensor: Tensor) -> bool:
 MS_ASYNC = 1  # on Linux and on macOS
 
 
-def seen(result: Any) -> Any:
-    """What is observed of a result: dtype, shape, its bytes, and how they lie in memory."""
+def seen(result: Any, values: Callable[[Tensor], Any] | None = None) -> Any:
+    """What is observed of a result: dtype, shape, its bytes or what `values` makes of them, how they lie in memory."""
     if not isinstance(result, Tensor):
         return result
     if not is_mapped(result):
         return "memory that is no longer mapped"
     return {
-        "type": type(result).__name__,
+        "type": "Tensor" if type(result) is Tensor else f"a subclass, {type(result).__name__}",
+        "device": result.device.type,
         "dtype": str(result.dtype),
         "shape": list(result.shape),
-        "bytes": result.detach().contiguous().reshape(-1).view(torch.uint8),
+        "values": values(result) if values else result.detach().contiguous().reshape(-1).view(torch.uint8),
         "contiguous": result.is_contiguous(),
         "bytes beyond a multiple of the item size": result.data_ptr() % result.element_size(),
         "bytes of the storage": result.untyped_storage().nbytes(),
@@ -195,7 +200,7 @@ def every_dtype(answer, rng):
     entries = [Entry("first", "F64", [rng.integer(9_000, 12_000)])]
     entries += [Entry(f"{dtype}.权重", dtype, [2, *shape_of(rng), 4]) for dtype in rng.shuffled(DTYPES)]
     with new_path() as path:
-        write(path, rng, entries)
+        write(path, rng, entries, metadata=False)
         return {entry.name: seen(answer(path, entry.name)) for entry in rng.shuffled(entries[1:])}
 
 
@@ -227,7 +232,7 @@ def scalars_and_nothing(answer, rng):
     found = {}
     for entries in (rng.shuffled([*none, *scalars]), none):
         with new_path() as path:
-            write(path, rng, entries)
+            write(path, rng, entries, metadata=entries is none)
             found |= {f"{entry.name} of {len(entries)}": seen(answer(path, entry.name)) for entry in entries}
     return found
 
@@ -243,14 +248,17 @@ def refusal(answer: Callable[..., Tensor], path: str, name: str) -> list[object]
 
 @case(map_tensor)
 def unknown_names(answer, rng):
-    """Names that no tensor of the file has, beside one that it has."""
+    """Names that no tensor of a file has, beside one that it has, with and without `__metadata__`."""
     entries = [Entry(f"layers.{i}.{rng.bytes(2).hex()}", "F32", shape_of(rng)) for i in range(3)]
-    with new_path() as path:
-        write(path, rng, entries)
-        name = rng.choice(entries).name
-        wrong = {"longer": f"{name}.weight", "shorter": name[:-1], "metadata": "__metadata__"}
-        refused = {what: refusal(answer, path, unknown) for what, unknown in wrong.items()}
-        return {**refused, "known": seen(answer(path, name))}
+    found = {}
+    for metadata in (True, False):
+        with new_path() as path:
+            write(path, rng, entries, metadata=metadata)
+            name = rng.choice(entries).name
+            wrong = {"longer": f"{name}.weight", "shorter": name[:-1], "metadata": "__metadata__"}
+            refused = {what: refusal(answer, path, unknown) for what, unknown in wrong.items()}
+            found[f"metadata: {metadata}"] = {**refused, "known": seen(answer(path, name))}
+    return found
 
 
 def overwrite(tensor: Tensor, data: bytes) -> bool:
@@ -278,7 +286,7 @@ def written_to(answer, rng):
         write(path, rng, entries)
         earlier, tensor = answer(path, "wanted"), answer(path, "wanted")
         size_bytes = entries[1].size_bytes
-        fits = isinstance(tensor, Tensor) and tensor.nbytes == size_bytes
+        fits = isinstance(tensor, Tensor) and tensor.is_contiguous() and tensor.nbytes == size_bytes
         done = fits and overwrite(tensor, rng.bytes(size_bytes))
         return {
             "written": done,
@@ -415,47 +423,52 @@ class Reach(FileUse):
         return {name: (None, None) if found is None else (found[0] + found[2], WANTED_BYTES + room_bytes())}
 
 
-def value_in_the_middle(answer, rng, watch):
-    """Mean of a tensor of 8 MiB in the middle of a file of 32 MiB, whose other parts are holes."""
+def sums(tensor: Tensor) -> Any:
+    """The sum of every row and of every column of an I64 matrix; nothing else is made as large as the matrix."""
+    if tensor.dim() != 2 or tensor.dtype != torch.int64:
+        return "no matrix of I64"
+    return [tensor.sum(0), tensor.sum(1)]
+
+
+def sums_from_the_middle(answer, rng, watch):
+    """What sums() gives of a tensor of 8 MiB in the middle of a file of 32 MiB, whose other parts are holes."""
     rest = FILE_BYTES - WANTED_BYTES
     before = 8 * rng.integer(rest // 32, rest // 16)
-    value = float(rng.integer(1, 100))
+    rows = 1 << rng.integer(8, 12)
     entries = [
         Entry("before", "U8", [before]),
-        Entry("wanted", "F32", [WANTED_BYTES // 4]),
+        Entry("wanted", "I64", [rows, WANTED_BYTES // 8 // rows]),
         Entry("after", "U8", [rest - before]),
     ]
+    values = numpy.random.default_rng(rng.integer(0, 1 << 30))
+    metadata = bool(rng.integer(0, 1))
     with new_path() as path, new_path() as small:
-        start = len(head(entries)) + before
+        start = len(head(entries, metadata=metadata)) + before
         with open(path, "wb") as file:
-            file.write(head(entries))
+            file.write(head(entries, metadata=metadata))
             file.seek(start)
-            numpy.full(WANTED_BYTES // 4, value, dtype=numpy.float32).tofile(file)
-            file.truncate(len(head(entries)) + FILE_BYTES)
+            file.write(values.bytes(WANTED_BYTES))
+            file.truncate(start - before + FILE_BYTES)
         # What is imported, or mapped in of the libraries, by the first call is not counted.
-        write(small, rng, [Entry("wanted", "F32", [1 << 16])])
-        tensor = answer(small, "wanted")
-        if is_mapped(tensor):
-            tensor.mean()
-        del tensor
+        write(small, rng, [Entry("wanted", "I64", [64, 256])])
+        seen(answer(small, "wanted"), sums)
         settle()
         watch.start()
-        tensor = answer(path, "wanted")
-        mean = float(tensor.mean()) if is_mapped(tensor) else math.nan
+        observed = seen(answer(path, "wanted"), sums)
         watch.look()
-        return mean
+        return observed
 
 
 @cost(map_tensor, share=1 / 6, authority="outside", service=lambda rng: Copies())
 def nothing_copied(answer, rng, watch):
     """A tensor of 8 MiB is mapped, and all its values are read: what was copied out of the file."""
-    return {"observed": value_in_the_middle(answer, rng, watch)}
+    return {"observed": sums_from_the_middle(answer, rng, watch)}
 
 
 @cost(map_tensor, share=1 / 6, authority="outside", service=lambda rng: Reach())
 def the_rest_left_alone(answer, rng, watch):
     """A tensor of 8 MiB is mapped, and all its values are read: how much of the file of 32 MiB was touched."""
-    return {"observed": value_in_the_middle(answer, rng, watch)}
+    return {"observed": sums_from_the_middle(answer, rng, watch)}
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -587,7 +600,7 @@ def whole_map_touched(path, name):
 @mistake(
     map_tensor,
     "Returns a slice of a tensor of the whole file, whose storage is all of it: torch.save would write the file.",
-    fails=WHEREVER_A_TENSOR_IS[:6],
+    fails=WHEREVER_A_TENSOR_IS,
 )
 def storage_of_the_whole_file(path, name):
     def raw(self, file, start, end):
@@ -794,6 +807,60 @@ def nothing_mapped(path, name):
 )
 def nothing_without_shape(path, name):
     return variant(nothing=lambda self, shape, dtype, file: torch.empty(0, dtype=dtype))(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Takes __metadata__ out of the header as if every file had it, and takes its absence for an unknown tensor.",
+    fails=["every_dtype", "scalars_and_nothing", "unknown_names", "nothing_copied", "the_rest_left_alone"],
+)
+def metadata_expected(path, name):
+    def entry(self, header, name):
+        del header["__metadata__"]
+        return header[name]
+
+    return variant(entry=entry)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Takes the first entry of the header for __metadata__, and drops it.",
+    fails=[
+        *("every_dtype", "odd_places", "scalars_and_nothing", "unknown_names", "written_to"),
+        *("replaced_and_deleted", "nothing_copied", "the_rest_left_alone"),
+    ],
+)
+def first_entry_dropped(path, name):
+    return variant(entry=lambda self, header, name: dict(list(header.items())[1:])[name])(path, name)
+
+
+class Later:
+    """Reads the file as soon as somebody asks for anything."""
+
+    def __init__(self, path: str, name: str) -> None:
+        self._place = path, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(variant()(*self._place), attribute)
+
+
+@mistake(
+    map_tensor,
+    "Of a large file it returns an object that maps the file when it is asked for something; that is no tensor.",
+    fails=["nothing_copied", "the_rest_left_alone"],
+)
+def later(path, name):
+    return Later(path, name) if os.path.getsize(path) > 16 << 20 else variant()(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Reads the first value and repeats it without memory of its own, as expand() does.",
+    fails=WHEREVER_A_TENSOR_IS,
+)
+def first_value_repeated(path, name):
+    whole = variant()(path, name)
+    return whole.reshape(-1)[:1].clone().expand(whole.shape) if whole.numel() else whole
 
 
 @mistake(
