@@ -38,6 +38,7 @@ BITS = (8, 6, 5, 4, 3, 2)
 SCALE_DTYPE = torch.float16  # what scales are stored in, and rounded to before they are used
 KEPT_BITS = 16  # a value of what is not quantized, as the zoo's files hold it
 CONTEXT_TOKENS = 256
+SITES_PER_LAYER = 4
 
 
 def reference(name: str) -> Callable[..., Any]:
@@ -101,7 +102,7 @@ def calibration_tokens(*, count: int = 8) -> Tensor:
 
 
 @torch.inference_mode()
-def window_losses(model: Decoder, windows: Windows, *, batch_size: int = 16) -> Tensor:
+def window_losses(model: Decoder, windows: Windows, *, batch_size: int = 4) -> Tensor:
     """Mean loss of each window in nats a token, float64 [windows]."""
     device = model.model.embed_tokens.weight.device
     losses = []
@@ -121,26 +122,62 @@ def perplexity(model: Decoder, windows: Windows | None = None) -> float:
 def calibration_inputs(model: Decoder, tokens: Tensor) -> dict[str, Tensor]:
     """What feeds each site while the model reads tokens [B, T]: {site name: inputs [B * T, K]}.
 
-    Taken from the model as it is, in one pass: a site does not see what quantizing the earlier ones would change.
     Raises ValueError for an empty calibration set.
     """
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"calibration needs tokens [batch, tokens], at least one; got {list(tokens.shape)}")
-    seen: dict[str, Tensor] = {}
+    with _listening(model, sites(model)) as heard:
+        model(tokens.to(model.model.embed_tokens.weight.device))
+    return heard
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What methods may look at: training text, and what it feeds the sites of the model as it is."""
+
+    tokens: Tensor
+    inputs: Mapping[str, Tensor]
+
+
+def calibrate(model: Decoder, tokens: Tensor | None = None) -> Calibration:
+    """The calibration of a model on tokens [B, T], `calibration_tokens()` unless given."""
+    tokens = calibration_tokens() if tokens is None else tokens
+    return Calibration(tokens, calibration_inputs(model, tokens))
+
+
+@contextmanager
+def _listening(model: nn.Module, heard_sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
+    """Keeps what the sites are fed inside, the last time each; {site name: inputs [tokens, K]}."""
+    heard: dict[str, Tensor] = {}
 
     def keep(site: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        seen[site] = arguments[0].detach().flatten(0, -2)
+        heard[site] = arguments[0].detach().flatten(0, -2)
 
     hooks = [
         model.get_submodule(site.linears[0]).register_forward_pre_hook(functools.partial(keep, site.name))
-        for site in sites(model)
+        for site in heard_sites
     ]
     try:
-        model(tokens.to(model.model.embed_tokens.weight.device))
+        yield heard
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+
+
+def _inputs_behind_quantized(model: Decoder, tokens: Tensor) -> Iterator[tuple[Site, Tensor]]:
+    """Each site with its inputs, computed when it is asked for: what was changed before has its effect by then."""
+    backbone = model.model
+    hidden = backbone.embed_tokens(tokens.to(backbone.embed_tokens.weight.device))  # [B, T, C]
+    positions = torch.arange(tokens.shape[1], device=hidden.device)
+    cosines, sines = backbone.rotary_emb(positions, hidden.dtype)
+    places = iter(sites(model))
+    for layer in backbone.layers:
+        for _ in range(SITES_PER_LAYER):
+            site = next(places)
+            with _listening(model, [site]) as heard:
+                layer(hidden, cosines, sines, None)
+            yield site, heard[site.name]
+        hidden = layer(hidden, cosines, sines, None)
 
 
 def _weights(model: Decoder, site: Site) -> list[Tensor]:
@@ -172,11 +209,15 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to quantize a weight: `quantize(weight [N, K], inputs [T, K], bits)`, for some numbers of bits."""
+    """A way to quantize a weight: `quantize(weight [N, K], inputs [T, K], bits)`, for some numbers of bits.
+
+    sequential   its inputs come from the model with all earlier sites quantized, not from the model as it was
+    """
 
     name: str
     quantize: Callable[[Tensor, Tensor, int], Quantized]
     bits: tuple[int, ...] = BITS
+    sequential: bool = False
 
 
 def round_to_nearest(
@@ -218,10 +259,13 @@ def gptq(
     group_size: int | None = 64,
     act_order: bool = False,
     damping: float = 0.01,
+    sequential: bool = True,
 ) -> Method:
     """Column by column, what rounding loses made up for in the columns still open. Frantar et al. 2022, alg. 1.
 
-    With `act_order` the exercise's codes are in the original column order, and so are its groups.
+    With `act_order` the exercise's codes are in the original column order, and so are its groups. As published
+    (sec. 4, "Setup") calibration runs through what is already quantized, there block by block, here site by site;
+    `sequential` False takes all inputs from the model as it was.
     """
     own = gptq_quantize or reference("gptq_quantize")
 
@@ -231,7 +275,8 @@ def gptq(
         return _from_groups(weight, codes, scales, bits, size)
 
     ordered = ", act order" if act_order else ""
-    return Method(f"GPTQ, {_grouping(group_size)}{ordered}", quantize)
+    at_once = "" if sequential else ", calibrated at once"
+    return Method(f"GPTQ, {_grouping(group_size)}{ordered}{at_once}", quantize, sequential=sequential)
 
 
 # E2M1 by code: the sign in bit 3. OCP Microscaling Formats (MX) v1.0, table 5.
@@ -348,31 +393,39 @@ class Compressed:
 
 @torch.no_grad()
 def quantize_weights(
-    model: Decoder, method: Method, bits: int, *, inputs: Mapping[str, Tensor] | None = None
+    model: Decoder, method: Method, bits: int, *, calibration: Calibration | None = None
 ) -> Compressed:
     """A copy of the model with every site's weights quantized, its layers stacked into one weight [sum N, K].
 
-    `inputs` are `calibration_inputs`, taken on training text unless given. Raises ValueError for a number of bits
-    that the method does not have, and for weights with NaN or Inf.
+    `calibration` is `calibrate(model)`, made anew unless given. Raises ValueError for a number of bits that the
+    method does not have, and for weights with NaN or Inf.
     """
     if bits not in method.bits:
         raise ValueError(f"{method.name} has {', '.join(map(str, method.bits))} bits, got {bits}")
-    if inputs is None:
-        inputs = calibration_inputs(model, calibration_tokens())
+    known = calibrate(model) if calibration is None else calibration
     made = copy.deepcopy(model)
+    if method.sequential:
+        places = _inputs_behind_quantized(made, known.tokens)
+    else:
+        places = ((site, known.inputs[site.name]) for site in sites(made))
     count = stored_bits = 0
-    for site in sites(made):
-        weights = _weights(made, site)
-        stacked = torch.cat(weights).float()
-        if not stacked.isfinite().all():
-            raise ValueError(f"{site.name} holds NaN or Inf; no scale can stand for it")
-        result = method.quantize(stacked, inputs[site.name].float(), bits)
+    for site, inputs in places:
+        result = _quantize_site(made, site, method, inputs, bits)
         stored_bits += result.stored_bits + (0 if site.folds else result.input_scale_bits)
-        count += stacked.numel()
-        for weight, new in zip(weights, result.weight.split([len(w) for w in weights]), strict=True):
-            weight.copy_(new)
+        count += result.weight.numel()
     kept = sum(parameter.numel() for parameter in made.parameters()) - count
     return Compressed(made, stored_bits / count, math.ceil((stored_bits + KEPT_BITS * kept) / 8))
+
+
+def _quantize_site(model: Decoder, site: Site, method: Method, inputs: Tensor, bits: int) -> Quantized:
+    weights = _weights(model, site)
+    stacked = torch.cat(weights).float()
+    if not stacked.isfinite().all():
+        raise ValueError(f"{site.name} holds NaN or Inf; no scale can stand for it")
+    result = method.quantize(stacked, inputs.float(), bits)
+    for weight, new in zip(weights, result.weight.split([len(each) for each in weights]), strict=True):
+        weight.copy_(new)
+    return result
 
 
 @dataclass(frozen=True)
@@ -405,7 +458,7 @@ def compression_table(
     The first row is the model as it is. `tokens` calibrate (training text), `windows` are reported on (held out).
     """
     windows = held_out_slice() if windows is None else windows
-    inputs = calibration_inputs(model, calibration_tokens() if tokens is None else tokens)
+    calibration = calibrate(model, tokens)
     before = window_losses(model, windows)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [_row("as trained", 16, 16.0, parameters * KEPT_BITS // 8, before, before)]
@@ -413,7 +466,7 @@ def compression_table(
         for each in bits:
             if each not in method.bits:
                 continue
-            made = quantize_weights(model, method, each, inputs=inputs)
+            made = quantize_weights(model, method, each, calibration=calibration)
             after = window_losses(made.model, windows)
             rows.append(_row(method.name, each, made.bits_per_weight, made.size_bytes, after, before))
     return rows
@@ -557,23 +610,23 @@ def activation_table(
     """
     given = dict(own or {})
     windows = held_out_slice() if windows is None else windows
-    tokens = calibration_tokens() if tokens is None else tokens
     before = window_losses(model, windows)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rows = [_row("as trained", 16, 16.0, parameters * KEPT_BITS // 8, before, before)]
-    inputs = calibration_inputs(model, tokens)
-    smooth = smoothed(model, inputs, alpha=alpha, smooth_scales=given.get("smooth_scales"))
+    smooth = smoothed(
+        model, calibrate(model, tokens).inputs, alpha=alpha, smooth_scales=given.get("smooth_scales")
+    )
     for form, start in (("plain", model), ("smoothed", smooth)):
         fed, bits_per_weight, size_bytes = start, 16.0, rows[0].size_bytes
-        found = calibration_inputs(start, tokens)
+        found = calibrate(start, tokens)
         if weight_bits is not None:
             method = round_to_nearest(given.get("quantize_groups"))
-            made = quantize_weights(start, method, weight_bits, inputs=found)
+            made = quantize_weights(start, method, weight_bits, calibration=found)
             fed, bits_per_weight, size_bytes = made.model, made.bits_per_weight, made.size_bytes
         for per in ("tensor", "token"):
             for each in bits:
                 answers = {k: given.get(k) for k in ("affine_parameters", "quantize_groups")}
-                changed = quantize_activations(fed, each, per=per, inputs=found, **answers)
+                changed = quantize_activations(fed, each, per=per, inputs=found.inputs, **answers)
                 after = window_losses(changed, windows)
                 rows.append(_row(f"per {per}, {form}", each, bits_per_weight, size_bytes, after, before))
     return rows

@@ -44,12 +44,18 @@ def case_line(result: ItemResult) -> str:
     return line if result.agrees else f"{line}\n    {result.reason}"
 
 
-def cost_line(cost: CostResult) -> str:
-    """One cost beside its bound, and who counted it."""
+def cost_line(cost: CostResult, where: str = "") -> str:
+    """One cost beside its bound, and who counted it; `where` says in which item, if there are several."""
     counted = "not counted on this system" if cost.counted is None and cost.agrees else "not counted"
     found = number(cost.counted) if cost.counted is not None else counted
     bound = f", at most {number(cost.at_most)}" if cost.at_most is not None else ""
-    return f"{MARK[cost.agrees]} {cost.name}: {found}{bound} ({AUTHORITY[cost.authority]})"
+    told = f" · {where}" if where else ""
+    return f"{MARK[cost.agrees]} {cost.name}: {found}{bound} ({AUTHORITY[cost.authority]}){told}"
+
+
+def _where(result: ItemResult, verdict: Verdict) -> str:
+    """The item a cost was counted in, where costs were counted in several."""
+    return result.item.title if sum(bool(other.costs) for other in verdict.results) > 1 else ""
 
 
 def race_line(verdict: Verdict) -> str:
@@ -106,7 +112,7 @@ def text(verdict: Verdict) -> str:
             lines.append("  " + case_line(result).replace("\n", "\n  "))
             if not result.agrees and result.outcome.tried:
                 lines.append(f"      {tried(result.outcome.tried)}")
-        lines += [f"  {cost_line(cost)}" for cost in result.costs]
+        lines += [f"  {cost_line(cost, _where(result, verdict))}" for cost in result.costs]
     if verdict.race is not None:
         lines.append(f"  {race_line(verdict)}")
     lines += [f"  Note: {note}" for note in verdict.notes]
@@ -147,7 +153,7 @@ def html(verdict: Verdict) -> str:
     if verdict.verdict == "not attempted" or not verdict.results:
         parts.append(f"<div>{escape(verdict.reason)}</div>")
     parts += [_mistake_html(found_when(verdict), mistake.sentence) for mistake in verdict.mistakes]
-    parts += [_item_html(result) for result in _shown(verdict)]
+    parts += [_item_html(result, _where(result, verdict)) for result in _shown(verdict)]
     if verdict.race is not None:
         parts.append(f"<div>{escape(race_line(verdict))}</div>{_race_svg(verdict)}")
     parts += [f"<div style='{MUTED}'>Note: {escape(note)}</div>" for note in verdict.notes]
@@ -162,7 +168,7 @@ def _mistake_html(words: str, sentence: str) -> str:
     return f"<div class='llmcourse-mistake' style='{style}'>{words} <b>{escape(sentence)}</b></div>"
 
 
-def _item_html(result: ItemResult) -> str:
+def _item_html(result: ItemResult, where: str) -> str:
     colour = COLOURS["right"] if result.agrees else WRONG_COLOUR
     mark = f"<span style='color:{colour};font-weight:bold'>{MARK[result.agrees]}</span>"
     lines = []
@@ -171,7 +177,7 @@ def _item_html(result: ItemResult) -> str:
     for cost in result.costs:
         lines.append(
             f"<div><span style='color:{COLOURS['right'] if cost.agrees else WRONG_COLOUR};font-weight:bold'>"
-            f"{MARK[cost.agrees]}</span> {escape(cost_line(cost)[2:])}</div>"
+            f"{MARK[cost.agrees]}</span> {escape(cost_line(cost, where)[2:])}</div>"
         )
     if not result.agrees and not result.costs:
         told = f"\n{tried(result.outcome.tried)}" if result.outcome.tried else ""

@@ -290,8 +290,10 @@ def test_a_reference_is_looked_up_when_no_answer_is_given(monkeypatch: pytest.Mo
 
 def test_quantizing_changes_the_copy_and_only_its_linear_weights(model: Decoder, tokens: Tensor) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    inputs = compression.calibration_inputs(model, tokens)
-    made = compression.quantize_weights(model, compression.round_to_nearest(nearest), 4, inputs=inputs).model
+    calibration = compression.calibrate(model, tokens)
+    made = compression.quantize_weights(
+        model, compression.round_to_nearest(nearest), 4, calibration=calibration
+    ).model
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     changed = {name for name, tensor in made.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {f"{name}.weight" for site in compression.sites(model) for name in site.linears}
@@ -299,16 +301,18 @@ def test_quantizing_changes_the_copy_and_only_its_linear_weights(model: Decoder,
 
 
 def test_layers_are_split_back_to_where_they_were_stacked(model: Decoder, tokens: Tensor) -> None:
-    inputs = compression.calibration_inputs(model, tokens)
+    calibration = compression.calibrate(model, tokens)
     identity = Method("identity", lambda weight, x, bits: Quantized(weight.clone(), 8 * weight.numel()))
-    made = compression.quantize_weights(model, identity, 8, inputs=inputs)
+    made = compression.quantize_weights(model, identity, 8, calibration=calibration)
     assert torch.equal(logits(made.model, tokens), logits(model, tokens))
     assert made.bits_per_weight == 8
 
 
 def test_size_counts_the_codes_and_sixteen_bits_for_the_rest(model: Decoder, tokens: Tensor) -> None:
-    inputs = compression.calibration_inputs(model, tokens)
-    made = compression.quantize_weights(model, compression.round_to_nearest(nearest), 4, inputs=inputs)
+    calibration = compression.calibrate(model, tokens)
+    made = compression.quantize_weights(
+        model, compression.round_to_nearest(nearest), 4, calibration=calibration
+    )
     linears = [model.get_parameter(f"{n}.weight") for site in compression.sites(model) for n in site.linears]
     weights, rows = sum(linear.numel() for linear in linears), sum(len(linear) for linear in linears)
     rest = sum(parameter.numel() for parameter in model.parameters()) - weights
@@ -321,23 +325,50 @@ def test_input_scales_count_only_where_nothing_absorbs_them(
     tokens: Tensor, key_value_heads: int, counted: int
 ) -> None:
     model = small_model(key_value_heads=key_value_heads)
-    inputs = compression.calibration_inputs(model, tokens)
-    with_scales = compression.quantize_weights(model, compression.awq(scaled_by_input), 4, inputs=inputs)
+    calibration = compression.calibrate(model, tokens)
+    with_scales = compression.quantize_weights(
+        model, compression.awq(scaled_by_input), 4, calibration=calibration
+    )
     plain = compression.quantize_weights(
-        model, compression.round_to_nearest(nearest, group_size=64), 4, inputs=inputs
+        model, compression.round_to_nearest(nearest, group_size=64), 4, calibration=calibration
     )
     # 32 input channels of each o_proj, 2 bytes each.
     assert with_scales.size_bytes - plain.size_bytes == counted * 32 * 2
 
 
 def test_nan_weights_and_bits_a_method_lacks_are_refused(model: Decoder, tokens: Tensor) -> None:
-    inputs = compression.calibration_inputs(model, tokens)
+    calibration = compression.calibrate(model, tokens)
     with pytest.raises(ValueError, match="has 4 bits, got 8"):
-        compression.quantize_weights(model, compression.mxfp4(nearest), 8, inputs=inputs)
+        compression.quantize_weights(model, compression.mxfp4(nearest), 8, calibration=calibration)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[0, 0] = math.nan
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_up"):
-        compression.quantize_weights(model, compression.round_to_nearest(nearest), 4, inputs=inputs)
+        compression.quantize_weights(model, compression.round_to_nearest(nearest), 4, calibration=calibration)
+
+
+@pytest.mark.parametrize("sequential", [False, True], ids=["at once", "in sequence"])
+def test_sequential_methods_are_fed_by_what_is_already_quantized(
+    model: Decoder, tokens: Tensor, sequential: bool
+) -> None:
+    fed: list[Tensor] = []
+
+    def halve(weight: Tensor, inputs: Tensor, bits: int) -> Quantized:
+        fed.append(inputs)
+        return Quantized(weight / 2, bits * weight.numel())
+
+    made = compression.quantize_weights(
+        model,
+        Method("halve", halve, sequential=sequential),
+        8,
+        calibration=compression.calibrate(model, tokens),
+    )
+    # The finished copy is fed at each site what the site was fed when its turn came, since nothing before it
+    # changed any more.
+    expected = compression.calibration_inputs(made.model if sequential else model, tokens)
+    assert len(fed) == 8
+    for inputs, (name, wanted) in zip(fed, expected.items(), strict=True):
+        assert torch.equal(inputs, wanted), name
+    assert not any(module._forward_pre_hooks for module in made.model.modules())
 
 
 def test_a_table_has_a_row_for_each_method_and_its_bits_and_pairs_the_windows(

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmcourse import kernels
+from llmcourse import kernels, machine
 from llmcourse.kernels import Contender
 from llmcourse.machine import Device, Machine
 from tests.peers import peer
@@ -208,9 +209,12 @@ def test_groups_of_zeros_get_scale_one() -> None:
 def test_the_cuda_layout_of_int4_is_what_its_kernel_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a device: the even column in the high nibble, codes 8 too large, [K / group, N, 2] of (scale, 0)."""
     given: list[Tensor] = []
-    monkeypatch.setattr(
-        torch.ops.aten, "_convert_weight_to_int4pack", lambda pairs, tiles: given.append(pairs) or pairs
-    )
+
+    def convert(pairs: Tensor, tiles: int) -> Tensor:
+        given.append(pairs)
+        return pairs
+
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", convert)
     weight = drawn(8, 128)
     _, scales_and_zeros = kernels.CudaInt4WeightOnly(group_size=32)._pack(weight)
     codes, scales = kernels.symmetric_codes(weight, bits=4, group_size=32)
@@ -306,7 +310,7 @@ def test_a_table_has_the_baseline_first_at_ratio_one_and_leaves_the_threads(
     threads = torch.get_num_threads()
     device = Device("cpu", "Example", 2**34, 20e9, {"float32": 1e11})
     probed = Machine("Linux x86_64", "2.13.0", 2, 10e9, (device,))
-    monkeypatch.setattr(kernels.machine, "probe", lambda: probed)
+    monkeypatch.setattr(machine, "probe", lambda: probed)
     rows = kernels.decode_table(COLUMNS, out_features=ROWS, rounds=5, rotation_bytes=2**16)
     assert torch.get_num_threads() == threads
     assert rows[0].name == "float32"
@@ -339,7 +343,7 @@ class Recorded(Contender):
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [0.0]
-    monkeypatch.setattr(kernels.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
 
 
@@ -369,7 +373,7 @@ def test_the_time_given_ends_a_measurement_after_five_rounds(clock: list[float])
 def test_threads_come_back_after_a_failure() -> None:
     threads = torch.get_num_threads()
     with pytest.raises(ValueError, match="does not divide"):
-        kernels.decode_table(100, entries=[kernels.Int4WeightOnly(torch.bfloat16)])
+        kernels.decode_table(100, out_features=96, entries=[kernels.Int4WeightOnly(torch.bfloat16)])
     assert torch.get_num_threads() == threads
 
 

@@ -28,6 +28,7 @@ def found() -> list[Lesson]:
 
 LESSONS = found()
 LONGEST_CELL_LINES = 15  # outside an exercise: STYLE, "Notebooks"
+WIDEST_STATEMENT = 98  # columns of a cell in JupyterLab at 1280 pixels with its file browser open
 CORE_MINUTES = 60  # a lesson's exercises without extensions: EXERCISES, "A budget first"
 EXCLAIMED = re.compile(r"[\w)`*”\"]![\s)\"”]*$|！", re.MULTILINE)
 EMOJI = re.compile("[\U0001f000-\U0001faff\u2600-\u2604\u2607-\u27bf\ufe0f]")  # ★ and ☆ are U+2605 and U+2606
@@ -107,6 +108,13 @@ def test_student_notebook_holds_no_output_and_a_stub_for_each_exercise(lesson: L
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code.values())
     for name, exercise in expanded(lesson).exercises.items():
         assert code[name].source == exercise.stub
+
+
+@each_lesson
+def test_a_statement_is_read_without_scrolling_sideways(lesson: Lesson) -> None:
+    for exercise in expanded(lesson).exercises.values():
+        wide = [line for line in exercise.stub.splitlines() if len(line) > WIDEST_STATEMENT]
+        assert not wide, f"{exercise.name}: {wide[0]}"
 
 
 @each_lesson

@@ -167,9 +167,9 @@ def test_all_looks_together_keep_the_error_at_the_bar(correlation: float, seed: 
     logs = shocks.transpose(1, 0, 2) + np.array([gain, 0.0, (1 - SHARE) * gain])
     laps = np.concatenate([np.exp(logs) * 1e-3, np.full((races, rounds, 1), 1e-9)], axis=2)
     passed = verdicts(laps)["passed"]
-    # The nominal rate is error / 2 = 1 %. Bootstrap tails of a few dozen rounds are a little short, and correlated ones
-    # shorter: 2 % and 4 % are allowed, plus three standard deviations of the count.
-    allowed = 0.02 if correlation == 0 else 0.04
+    # Nominal: error / 2 = 1 %; measured 0.4 %, and 3.3 % where each round repeats half of the last one's deviation, far
+    # more than was recorded (0.1). Three standard deviations of the count are added.
+    allowed = 0.01 if correlation == 0 else 0.04
     assert passed <= races * allowed + 3 * math.sqrt(races * allowed), passed
 
 
@@ -177,9 +177,10 @@ def test_rounds_that_follow_each_other_widen_the_interval() -> None:
     generator = np.random.default_rng(5)
     shocks = generator.normal(size=(200, 256))
     drifting = np.cumsum(shocks, axis=1) * 0.1
-    for values, least, most in ((shocks, 1.0, 1.2), (drifting, 2.0, 3.1)):
+    for values, least, most in ((shocks, 1.0, 1.25), (drifting, 2.0, 3.15)):
         found = racing._widening(values, np.sort(values, axis=1))
-        # White: 1 plus noise, cut at 1 below. A random walk: all correlations near 1, sqrt(1 + 2 * 4) = 3 at 8 lags.
+        # White: 1 plus noise, cut at 1 below. A random walk: all correlations near 1, sqrt(1 + 2 * 4) = 3 at 8 lags;
+        # both times 1 + 12 / 256.
         assert least <= found.mean() <= most
 
 
@@ -561,6 +562,15 @@ def test_the_recorded_noise_names_its_machine_and_is_small() -> None:
     for noise in recorded().values():
         assert noise.shape[1] == len(NAMES) and len(noise) >= RULES.looks[-1]
         assert (noise > 0).all()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_equal_contenders_on_one_core_took_equal_time(condition: str) -> None:
+    # Both did the same work. Nine recordings lay between 0.92 and 1.005, those above 0.98 but for one that was made
+    # beside eight other processes; a contender that the scheduler prefers is ahead by half and more.
+    logs = racing.work_logs(recorded()[condition])
+    ratio = math.exp(racing.middle_mean(np.sort(logs[:, REFERENCE] - logs[:, ANSWER])))
+    assert 0.9 < ratio < 1.1
 
 
 def test_resampled_blocks_keep_neighbouring_rounds_together() -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmcourse import exercise, judging
+from llmcourse import agreement, exercise, judging
 from llmcourse.counting import can_read_memory, memory_error_bytes
 from llmcourse.lessons.parameter_loading import map_tensor as lesson
 from llmcourse.lessons.parameter_loading.map_tensor import map_tensor
@@ -124,6 +124,15 @@ def test_a_result_takes_part_in_training_as_any_tensor_does(saved: str) -> None:
 def test_a_name_that_no_tensor_has_is_refused_by_that_name(saved: str, name: str) -> None:
     with pytest.raises(KeyError, match=name):
         map_tensor(saved, name)
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {}])
+def test_a_file_may_have_metadata_or_none(tmp_path: Path, metadata: dict[str, str] | None) -> None:
+    path = str(tmp_path / "model.safetensors")
+    save_file({"weight": torch.arange(3)}, path, metadata=metadata)
+    assert torch.equal(map_tensor(path, "weight"), torch.arange(3))
+    with pytest.raises(KeyError, match="__metadata__"):
+        map_tensor(path, "__metadata__")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="holes and the limit on memory are those of Linux")
@@ -248,6 +257,55 @@ def test_an_answer_that_hands_the_file_to_the_library_earns_nothing(seed: int) -
     for answer in (with_safe_open, with_load_file, with_load):
         verdict = judging.judge(runner, found, answer, seed, expected, naming=False)
         assert verdict.points == 0 and "switched off" in verdict.reason
+
+
+class Uncounted:
+    """Counts nothing."""
+
+    def start(self) -> None:
+        pass
+
+    look = start
+
+
+def test_what_stands_for_a_large_tensor_without_its_bytes_is_observed(seed: int) -> None:
+    def large(path: str) -> bool:
+        return os.path.getsize(path) > lesson.FILE_BYTES // 2
+
+    def subclass(path: str, name: str) -> torch.Tensor:
+        class Tensor(torch.Tensor):
+            """A tensor that could answer to sum() in its own way."""
+
+        found = map_tensor(path, name)
+        return found.as_subclass(Tensor) if large(path) else found
+
+    def nothing_in_it(path: str, name: str) -> torch.Tensor:
+        found = map_tensor(path, name)
+        return torch.empty(0, dtype=found.dtype) if large(path) else found
+
+    def zeros(path: str, name: str) -> torch.Tensor:
+        found = map_tensor(path, name)
+        return torch.zeros_like(found) if large(path) else found
+
+    def one_page(path: str, name: str) -> torch.Tensor:
+        found = map_tensor(path, name)
+        return found.reshape(-1)[:512].expand(found.numel() // 512, 512) if large(path) else found
+
+    def observed(answer: Callable[[str, str], object]) -> object:
+        return lesson.sums_from_the_middle(answer, exercise.Rng(seed), Uncounted())
+
+    assert agreement.difference(observed(map_tensor), observed(map_tensor)) is None
+    for answer in (subclass, nothing_in_it, zeros, one_page, lesson.later):
+        assert agreement.difference(observed(answer), observed(map_tensor)) is not None, answer
+
+
+def test_a_view_that_repeats_a_value_is_not_written_over(saved: str) -> None:
+    """Its memory is one value: as many bytes as it seems to have would be written over somebody else's."""
+
+    def repeated(path: str, name: str) -> torch.Tensor:
+        return torch.zeros(1).expand(map_tensor(path, name).shape)
+
+    assert lesson.written_to(repeated, exercise.Rng(0))["written"] is False
 
 
 def test_headers_are_written_as_the_library_writes_them(tmp_path: Path) -> None:

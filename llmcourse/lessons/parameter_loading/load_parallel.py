@@ -30,23 +30,27 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
 def load_parallel(
     read: Callable[[str], dict[str, Tensor]], shards: Sequence[str], workers: int, into: dict[str, Tensor]
 ) -> int:
-    """Read every shard of a checkpoint, `workers` of them at a time, and put the tensors into `into`.
+    """Read every shard of a checkpoint, `workers` of them at a time, and put the
+    tensors into `into`.
 
     Returns how many bytes the tensors have.
 
-    `read(shard)` gives the tensors of one shard by name. It takes a while, for some shards far longer than for
-    others, and may be called from several threads. Call it once for each shard (distinct, perhaps none; `workers`
-    is at least 1): begin in the order of `shards`, and begin the next one as soon as one of the workers is free.
+    `read(shard)` gives the tensors of one shard by name. It takes a while, for some
+    shards far longer than for others, and may be called from several threads. Call it
+    once for each shard (distinct, perhaps none; `workers` is at least 1): begin in the
+    order of `shards`, and begin the next one as soon as one of the workers is free.
 
-    What comes out is the same for any number of workers and any order in which reads end. Names new to `into` are
-    added in the order of `shards`, those of a shard in the order of its dict; names it has already are replaced.
-    `into` changes only after the last read has ended, and not at all when something is raised:
+    What comes out is the same for any number of workers and any order in which reads
+    end. Names new to `into` are added in the order of `shards`, those of a shard in the
+    order of its dict; names it has already are replaced. `into` changes only after the
+    last read has ended, and not at all when something is raised:
 
-    - RuntimeError when `read` raises an Exception of any kind: the message names that shard and no other, and
-      `__cause__` is what `read` raised. Of several shards that fail, the first in the order of `shards`. Reads
-      under way are waited for; after a failure at most `workers` more begin.
-    - ValueError when two shards hold a tensor of the same name: the message names the tensor and both shards,
-      and nothing else.
+    - RuntimeError when `read` raises an Exception of any kind: the message names that
+      shard and no other, and `__cause__` is what `read` raised. Of several shards that
+      fail, the first in the order of `shards`. Reads under way are waited for; after a
+      failure at most `workers` more begin.
+    - ValueError when two shards hold a tensor of the same name: the message names the
+      tensor and both shards, and nothing else.
 
     About 15 lines.
     """

@@ -29,23 +29,29 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
     ),
 )
 def load_without_double_memory(build: Callable[[], nn.Module], path: str) -> nn.Module:
-    """The module that `build()` makes, with the weights of the safetensors file at `path`, held in memory once.
+    """The module that `build()` makes, with the weights of the safetensors file at
+    `path`, held in memory once.
 
-    Call `build()` once, with "meta" as torch's default device, so that it allocates nothing. Return that module
-    with all its parameters and buffers on the CPU:
+    Call `build()` once, with "meta" as torch's default device, so that it allocates
+    nothing. Return that module with all its parameters and buffers on the CPU:
 
-    - What its `state_dict` names comes from the file and keeps the file's dtype, whatever dtype `build` gave it.
-      Parameters stay parameters with the `requires_grad` that `build` gave them, buffers stay buffers.
-    - A parameter with several names (tied weights) stays one Parameter; the file holds it once, under any of them.
-    - Buffers registered with persistent=False are not in the file. Each module that owns one has a method
-      `reset_buffers()`, which makes them anew on the default device and may read that module's loaded parameters.
+    - What its `state_dict` names comes from the file and keeps the file's dtype,
+      whatever dtype `build` gave it. Parameters stay parameters with the
+      `requires_grad` that `build` gave them, buffers stay buffers.
+    - A parameter with several names (tied weights) stays one Parameter; the file holds
+      it once, under any of them.
+    - Buffers registered with persistent=False are not in the file. Each module that
+      owns one has a method `reset_buffers()`, which makes them anew on the default
+      device and may read that module's loaded parameters.
 
-    The process may allocate 1.05 times the file's bytes (tensors that map the file privately allocate nothing).
-    Changing the module's weights later must not change the file.
+    The process may allocate 1.05 times the file's bytes (tensors that map the file
+    privately allocate nothing). Changing the module's weights later must not change the
+    file.
 
-    KeyError when the file lacks tensors of the module or holds others: its message names exactly these (a tied
-    parameter by any of its names). ValueError when a tensor has another shape in the file than in the module,
-    even with as many elements: its message names that tensor and no other. About 20 lines.
+    KeyError when the file lacks tensors of the module or holds others: its message
+    names exactly these (a tied parameter by any of its names). ValueError when a tensor
+    has another shape in the file than in the module, even with as many elements: its
+    message names that tensor and no other. About 20 lines.
     """
     ### BEGIN SOLUTION
     with torch.device("meta"):

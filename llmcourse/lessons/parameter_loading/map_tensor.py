@@ -440,15 +440,17 @@ def sums_from_the_middle(answer, rng, watch):
         Entry("wanted", "I64", [rows, WANTED_BYTES // 8 // rows]),
         Entry("after", "U8", [rest - before]),
     ]
-    values = numpy.random.default_rng(rng.integer(0, 1 << 30))
+    # As many different values as there are, though drawn as two vectors: their product wraps around.
+    values = rng.integers(1, 1 << 62, 1 << 10)[:, None] * rng.integers(1, 1 << 62, WANTED_BYTES >> 13)
     metadata = bool(rng.integer(0, 1))
     with new_path() as path, new_path() as small:
         start = len(head(entries, metadata=metadata)) + before
         with open(path, "wb") as file:
             file.write(head(entries, metadata=metadata))
             file.seek(start)
-            file.write(values.bytes(WANTED_BYTES))
+            file.write(values.numpy())
             file.truncate(start - before + FILE_BYTES)
+        del values
         # What is imported, or mapped in of the libraries, by the first call is not counted.
         write(small, rng, [Entry("wanted", "I64", [64, 256])])
         seen(answer(small, "wanted"), sums)

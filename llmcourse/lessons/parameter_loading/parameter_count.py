@@ -25,14 +25,16 @@ from llmcourse.exercise import alternative, case, cost, exercise, mistake, raise
 def parameter_count(config: dict[str, Any]) -> int:
     """Number of parameters of a decoder, from its configuration alone; about 15 lines.
 
-    A decoder is an embedding [vocab_size, hidden_size], num_hidden_layers layers, a norm and a head [vocab_size,
-    hidden_size] without a bias. A layer is grouped-query attention (q, k, v, o), a gated MLP (gate and up to
-    intermediate_size, down from it) and two norms. A norm is RMSNorm: hidden_size weights, no bias. Positions are
-    rotary and have no parameters. Every attention head is head_dim wide, in q, k and v alike; o takes all query
-    heads together.
+    A decoder is an embedding [vocab_size, hidden_size], num_hidden_layers layers, a
+    norm and a head [vocab_size, hidden_size] without a bias. A layer is grouped-query
+    attention (q, k, v, o), a gated MLP (gate and up to intermediate_size, down from it)
+    and two norms. A norm is RMSNorm: hidden_size weights, no bias. Positions are rotary
+    and have no parameters. Every attention head is head_dim wide, in q, k and v alike;
+    o takes all query heads together.
 
-    config holds model_type, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads
-    and keys that do not matter here. These may be missing, or None, which means the same:
+    config holds model_type, vocab_size, hidden_size, intermediate_size,
+    num_hidden_layers, num_attention_heads and keys that do not matter here. These may
+    be missing, or None, which means the same:
 
         num_key_value_heads  then num_attention_heads
         head_dim             then hidden_size // num_attention_heads
@@ -40,12 +42,14 @@ def parameter_count(config: dict[str, Any]) -> int:
         attention_bias       then False; True: q, k, v and o have a bias each (llama and qwen3 only)
         mlp_bias             then False; True: gate, up and down have a bias each (llama only)
 
-    What a family has beyond that stands in its code, not in its config.json: qwen2 has biases on q, k and v, never
-    on o; qwen3 has two more norms a layer, one for queries and one for keys, of head_dim weights that all heads
-    share; mistral and qwen2 do not read the two bias keys. ValueError for a model_type other than llama, mistral,
+    What a family has beyond that stands in its code, not in its config.json: qwen2 has
+    biases on q, k and v, never on o; qwen3 has two more norms a layer, one for queries
+    and one for keys, of head_dim weights that all heads share; mistral and qwen2 do not
+    read the two bias keys. ValueError for a model_type other than llama, mistral,
     qwen2, qwen3.
 
-    Nothing is built to be counted: torch.nn.Module is switched off, and tensors cost points.
+    Nothing is built to be counted: torch.nn.Module is switched off, and tensors cost
+    points.
     """
     ### BEGIN SOLUTION
     family, hidden, heads = config["model_type"], config["hidden_size"], config["num_attention_heads"]

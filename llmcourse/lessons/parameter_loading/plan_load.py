@@ -31,30 +31,35 @@ def plan_load(
     network_gbit_per_s: float,
     device_gb_per_s: float,
 ) -> tuple[float, dict[str, int], str]:
-    """Least seconds until every rank holds its part of a checkpoint, and what sets them; about 15 lines.
+    """Least seconds until every rank holds its part of a checkpoint, and what sets
+    them; about 15 lines.
 
-    The checkpoint has `parameters` weights in bfloat16. With resume=True it also has AdamW's state, three float32
-    values a parameter: a master copy of the weight and two moments. No gradients are in it. It is divided into
-    `ranks` parts that differ by at most one parameter, each parameter together with its state.
+    The checkpoint has `parameters` weights in bfloat16. With resume=True it also has
+    AdamW's state, three float32 values a parameter: a master copy of the weight and two
+    moments. No gradients are in it. It is divided into `ranks` parts that differ by at
+    most one parameter, each parameter together with its state.
 
-    Three links: one disk, which all ranks share; a network card for each rank, which sends and receives at full speed
-    at once; for each rank a link from its host's memory to its device. Rates are as on data sheets: disk and device in
-    GB/s, the card in Gb/s. G is 10^9, B a byte, b a bit.
+    Three links: one disk, which all ranks share; a network card for each rank, which
+    sends and receives at full speed at once; for each rank a link from its host's
+    memory to its device. Rates are as on data sheets: disk and device in GB/s, the card
+    in Gb/s. G is 10^9, B a byte, b a bit.
 
     how = "slices"      each rank reads its own part from the disk
           "everything"  each rank reads the whole checkpoint from the disk, and nothing is cached
           "broadcast"   rank 0 reads the whole checkpoint; in small chunks all of it goes from rank 0 to rank 1, from
                         there to rank 2, and so on to the last rank
-    Whatever it has read or received, a rank copies only its own part to its device. ValueError for another `how`.
+    Whatever it has read or received, a rank copies only its own part to its device.
+    ValueError for another `how`.
 
-    overlap=True: disk, network and device work at the same time, on chunks so small that filling and draining the
-    pipeline takes no time. overlap=False: first the disk, then the network, then the devices, each beginning when the
-    one before has moved everything. All ranks work at the same time.
+    overlap=True: disk, network and device work at the same time, on chunks so small
+    that filling and draining the pipeline takes no time. overlap=False: first the disk,
+    then the network, then the devices, each beginning when the one before has moved
+    everything. All ranks work at the same time.
 
-    Returns (seconds, crossing, bottleneck). crossing has three exact integers: "disk", the bytes that the disk
-    delivers to all ranks together; "network", the bytes that the busiest card sends; "device", the bytes that cross
-    the busiest device link. bottleneck is which of these three names takes longest,
-    the first of them on a tie.
+    Returns (seconds, crossing, bottleneck). crossing has three exact integers: "disk",
+    the bytes that the disk delivers to all ranks together; "network", the bytes that
+    the busiest card sends; "device", the bytes that cross the busiest device link.
+    bottleneck is which of these three names takes longest, the first of them on a tie.
     """
     ### BEGIN SOLUTION
     if how not in ("slices", "everything", "broadcast"):

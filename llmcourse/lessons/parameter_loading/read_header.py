@@ -33,29 +33,35 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
     ),
 )
 def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Places, types and shapes of a safetensors file's tensors, and a refusal of every malformed file; about 35 lines.
+    """Places, types and shapes of a safetensors file's tensors, and a refusal of every
+    malformed file; about 35 lines.
 
-    reader.size_bytes is the file's size; reader.read(offset, count) gives `count` bytes, fewer at the end of the file.
-    Returns {name: (dtype, shape, start, end)}: dtype as the header writes it, shape a tuple of ints, the tensor's bytes
-    at [start, end) counted from the first byte of the *file*. `__metadata__` is not a tensor.
+    reader.size_bytes is the file's size; reader.read(offset, count) gives `count`
+    bytes, fewer at the end of the file. Returns {name: (dtype, shape, start, end)}:
+    dtype as the header writes it, shape a tuple of ints, the tensor's bytes at [start,
+    end) counted from the first byte of the *file*. `__metadata__` is not a tensor.
 
-    The file is 8 bytes N (unsigned, little-endian), N bytes of header, then the data up to the end of the file. The
-    header is a JSON object in UTF-8 whose first byte is `{`; spaces, and nothing else, may follow it. It holds
-    {name: {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from the
-    first byte of the data, and may hold `__metadata__`, an object whose values are strings. The ranges cover all
-    the data: no gap, no overlap, nothing left over. shape [] is one value; a 0 in a shape means no values and no
-    bytes; no tensor at all is allowed.
+    The file is 8 bytes N (unsigned, little-endian), N bytes of header, then the data up
+    to the end of the file. The header is a JSON object in UTF-8 whose first byte is
+    `{`; spaces, and nothing else, may follow it. It holds {name: {"dtype": ...,
+    "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from
+    the first byte of the data, and may hold `__metadata__`, an object whose values are
+    strings. The ranges cover all the data: no gap, no overlap, nothing left over. shape
+    [] is one value; a 0 in a shape means no values and no bytes; no tensor at all is
+    allowed.
 
-    Bytes a value: 1 for BOOL U8 I8 F8_E4M3 F8_E5M2, 2 for U16 I16 F16 BF16, 4 for U32 I32 F32, 8 for U64 I64 F64.
+    Bytes a value: 1 for BOOL U8 I8 F8_E4M3 F8_E5M2, 2 for U16 I16 F16 BF16, 4 for U32
+    I32 F32, 8 for U64 I64 F64.
 
-    ValueError, and nothing else, for a file that is not like this: too short, a dtype not named here, an entry
-    without its three keys or with others' types in them (true and 1.0 are not integers), a negative number, a range
-    whose length is not the shape's, JSON nested too deeply for the parser. A name twice in one object is refused,
-    and so is a space before `{`: the format's text forbids both, although the library (safetensors 0.8.0) accepts
-    them.
+    ValueError, and nothing else, for a file that is not like this: too short, a dtype
+    not named here, an entry without its three keys or with others' types in them (true
+    and 1.0 are not integers), a negative number, a range whose length is not the
+    shape's, JSON nested too deeply for the parser. A name twice in one object is
+    refused, and so is a space before `{`: the format's text forbids both, although the
+    library (safetensors 0.8.0) accepts them.
 
-    Read no more than the 8 bytes and the header, and never ask for more than the file holds: N may claim 2**62. The
-    library's own readers are switched off.
+    Read no more than the 8 bytes and the header, and never ask for more than the file
+    holds: N may claim 2**62. The library's own readers are switched off.
     """
     ### BEGIN SOLUTION
     item_bytes = {

@@ -36,33 +36,41 @@ INDEX = "model.safetensors.index.json"
     ),
 )
 def save_sharded(tensors: dict[str, Tensor], folder: str, max_bytes: int) -> list[str]:
-    """Save tensors as safetensors shards with an index, so that a crash leaves the old checkpoint or the new one;
-    about 50 lines.
+    """Save tensors as safetensors shards with an index, so that a crash leaves the old
+    checkpoint or the new one; about 50 lines.
 
     N shards: model-00001-of-0000N.safetensors, or with a tag of yours (a-z, 0-9),
-    model-TAG-00001-of-0000N.safetensors; a shard holds the bytes of safetensors.torch.save(part,
-    metadata={"format": "pt"}). Then the index, the file model.safetensors.index.json: {"metadata": {"total_size":
-    ..., "tied": {...}}, "weight_map": {name: shard}}. Returns the shards' names in their order. tensors has one
-    tensor or more.
+    model-TAG-00001-of-0000N.safetensors; a shard holds the bytes of
+    safetensors.torch.save(part, metadata={"format": "pt"}). Then the index, the file
+    model.safetensors.index.json: {"metadata": {"total_size": ..., "tied": {...}},
+    "weight_map": {name: shard}}. Returns the shards' names in their order. tensors has
+    one tensor or more.
 
-    Shards. A file has at most max_bytes, header included; only a tensor too large for that gets a larger file, alone.
-    There are no more shards than first-fit makes (names in sorted order, each into the first shard with room) with
-    files of at most 0.9 · max_bytes. total_size is the bytes of all tensors saved, without headers. The order of the
-    dict does not matter: saved into an empty folder, the same tensors give the same files, byte for byte.
+    Shards. A file has at most max_bytes, header included; only a tensor too large for
+    that gets a larger file, alone. There are no more shards than first-fit makes (names
+    in sorted order, each into the first shard with room) with files of at most 0.9 ·
+    max_bytes. total_size is the bytes of all tensors saved, without headers. The order
+    of the dict does not matter: saved into an empty folder, the same tensors give the
+    same files, byte for byte.
 
-    Memory. Tensors with the same data_ptr(), dtype, shape and stride, and at least one value, are tied: saved once,
-    under the name that sorts first; "tied" maps each other name to that one, and weight_map leaves the others out.
-    Equal values alone tie nothing. Every other view, contiguous or not, is saved with its own values and no others.
+    Memory. Tensors with the same data_ptr(), dtype, shape and stride, and at least one
+    value, are tied: saved once, under the name that sorts first; "tied" maps each other
+    name to that one, and weight_map leaves the others out. Equal values alone tie
+    nothing. Every other view, contiguous or not, is saved with its own values and no
+    others.
 
-    Crash. The folder exists, and may hold a checkpoint (complete, or of a save that was interrupted) and other
-    files. A reader opens the index, then the shards it names, nothing else. Whenever the process or the machine
-    stops, it must find the old checkpoint complete (or no index, if there was none) or the new one complete.
-    os.replace is atomic. Bytes written are safe from a power cut once os.fsync (called by that name) was called on
-    the file; names created, replaced or removed once it was called on the folder (a descriptor of os.open(folder,
-    os.O_RDONLY)); until then any of them may be lost, in any order.
+    Crash. The folder exists, and may hold a checkpoint (complete, or of a save that was
+    interrupted) and other files. A reader opens the index, then the shards it names,
+    nothing else. Whenever the process or the machine stops, it must find the old
+    checkpoint complete (or no index, if there was none) or the new one complete.
+    os.replace is atomic. Bytes written are safe from a power cut once os.fsync (called
+    by that name) was called on the file; names created, replaced or removed once it was
+    called on the folder (a descriptor of os.open(folder, os.O_RDONLY)); until then any
+    of them may be lost, in any order.
 
-    Names that end in .tmp are yours to use, for files in the folder itself. At the end no other model-*.safetensors
-    and no *.tmp is left in it, all other files are as they were, and every descriptor you opened is closed.
+    Names that end in .tmp are yours to use, for files in the folder itself. At the end
+    no other model-*.safetensors and no *.tmp is left in it, all other files are as they
+    were, and every descriptor you opened is closed.
     """
     ### BEGIN SOLUTION
     kept: dict[str, Tensor] = {}
@@ -572,8 +580,7 @@ def over_an_old_checkpoint(answer, rng):
 
 @case(save_sharded, judge=judge_crashes, free_shapes=True)
 def over_another_program_s(answer, rng):
-    """A crash at any moment of a save over another program's shards, more or fewer, with an interrupted save's
-    leftovers."""
+    """A crash at any moment of a save over another program's shards and an interrupted save's leftovers."""
     max_bytes = rng.integer(3_500, 4_500)
     observed = {}
     for old_count, new in (("4", layers(rng, 5)), ("1", layers(rng, 6))):

@@ -26,25 +26,33 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake, 
     ),
 )
 def stream_layers(device: Any, budget: int, tokens: int, x: Tensor) -> Tensor:
-    """Run a model of which only `budget` layers fit into memory, token after token; about 15 lines.
+    """Run a model of which only `budget` layers fit into memory, token after token;
+    about 15 lines.
 
-    x [width] goes through layers 0 .. device.layers - 1. What the last layer gives is a token's output and, with
-    nothing between, the input of the next token, which is therefore not known earlier. Each layer runs once a token.
-    Returns the outputs of `tokens` (at least 1) tokens, [tokens, width], as if all layers were in memory.
+    x [width] goes through layers 0 .. device.layers - 1. What the last layer gives is a
+    token's output and, with nothing between, the input of the next token, which is
+    therefore not known earlier. Each layer runs once a token. Returns the outputs of
+    `tokens` (at least 1) tokens, [tokens, width], as if all layers were in memory.
 
-    - device.load(layer) begins to copy a layer into memory and returns at once. The layer has a place there from
-      this call until it is released; ValueError if it has one already, IndexError if there is no such layer.
-    - device.run(layer, x) gives what the layer makes of x. RuntimeError if the layer has no place.
+    - device.load(layer) begins to copy a layer into memory and returns at once. The
+      layer has a place there from this call until it is released; ValueError if it has
+      one already, IndexError if there is no such layer.
+    - device.run(layer, x) gives what the layer makes of x. RuntimeError if the layer
+      has no place.
     - device.release(layer) frees the place. RuntimeError if there is none.
 
-    Memory is empty at first; what is in it at the end may stay. The device counts and does not stop you:
+    Memory is empty at first; what is in it at the end may stay. The device counts and
+    does not stop you:
 
-    - At no moment do more than `budget` layers have a place, those that are still on their way included.
+    - At no moment do more than `budget` layers have a place, those that are still on
+      their way included.
     - Where all layers fit, each is loaded once. Otherwise there are no more than
       device.layers + (tokens - 1) * (device.layers - budget + 2) loads.
-    - Nothing is loaded in vain: whatever has been loaded runs before it is released, and before you return.
-    - No run waits but the very first (a third of the points). Copying goes on while other layers run and takes as
-      long as one run, so a run waits when no other run took place since its layer's load was called.
+    - Nothing is loaded in vain: whatever has been loaded runs before it is released,
+      and before you return.
+    - No run waits but the very first (a third of the points). Copying goes on while
+      other layers run and takes as long as one run, so a run waits when no other run
+      took place since its layer's load was called.
 
     ValueError for a budget below 2, before anything is loaded.
     """
