@@ -30,8 +30,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcourse import machine
-
 MIB = 2**20
 # What one contender's copies hold together. The others run between two of its products, so far more than this has
 # passed through the caches before a copy is read again.
@@ -369,6 +367,21 @@ def _deprecations_unsaid() -> Iterator[None]:
         yield
 
 
+class PlainRead(Contender):
+    """No product: the sum of a buffer larger than the caches, which is what memory gives."""
+
+    name = "a plain sum"
+    BUFFER_BYTES: ClassVar[int] = 64 * MIB
+
+    def _pack(self, weight: Tensor) -> tuple[Tensor]:
+        # One integer addition for eight bytes, so that no arithmetic is in the way (as `machine` measures it).
+        dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.int64
+        return (torch.ones(self.BUFFER_BYTES // dtype.itemsize, dtype=dtype, device=self.device),)
+
+    def _product(self, x: Tensor, packed: tuple[Tensor]) -> Tensor:
+        return packed[0].sum()
+
+
 # ------------------------------------------------------------------- contenders of libraries that may be installed
 
 
@@ -581,7 +594,8 @@ class Timing:
     speedup           the median over rounds of (baseline's time / this one's in the same round)
     low, high         of the speedup: order statistics that hold its true median with 95 % confidence
     weight_bytes      read by one product
-    bandwidth_share   weight_bytes over median_s, as a share of what the machine reads; above 1 a cache has helped
+    bandwidth_share   weight_bytes a second, as a share of what a plain sum reads a second in the same rounds (the
+                      median of it); above 1 a cache has helped
     error             of the products, against float64 with the unquantized weight, relative
     """
 
@@ -605,15 +619,14 @@ def decode_table(
     rounds: int = 31,
     seconds: float = 60.0,
     rotation_bytes: int = ROTATION_BYTES,
-    read_bytes_per_s: float | None = None,
     seed: int = 0,
 ) -> list[Timing]:
     """Time x [tokens, size] times a weight [out_features, size] in every form: the baseline's row first.
 
     On a CPU at one thread: that is where a busy neighbour disturbs least. Each round draws fresh inputs and runs
     all contenders once, in random order. It stops after `rounds`, or, five rounds at least, after `seconds`.
-    `entries` defaults to `contenders(device)`; the first is the baseline. `read_bytes_per_s` defaults to what
-    `machine.probe` measured: of one thread on a CPU.
+    `entries` defaults to `contenders(device)`; the first is the baseline. One more contender sums a buffer: the
+    bandwidth that shares are stated of was then there at the same time, whoever else was using the machine.
 
     Raises ValueError for sizes below 1, fewer than five rounds or no contender, and for shapes a kernel excludes.
     """
@@ -632,14 +645,14 @@ def decode_table(
             entry.setup(weight, rotation_bytes=rotation_bytes)
         sample = torch.randn(tokens, size, generator=generator)
         errors = [entry.error(sample.to(entry.device), weight) for entry in raced]
-        times = _interleaved_s(raced, (tokens, size), rounds, seconds, generator, random.Random(seed))
-    if read_bytes_per_s is None:
-        probed = machine.probe()
-        on_cpu = torch.device(device).type == "cpu"
-        known = probed.read_bytes_per_s_one_thread if on_cpu else _device_rate(probed, device)
-        read_bytes_per_s = known
+        reading = PlainRead(device=device)
+        reading.setup(weight)
+        times = _interleaved_s(
+            [*raced, reading], (tokens, size), rounds, seconds, generator, random.Random(seed)
+        )
+    read_s = [took_s / reading.weight_bytes for took_s in times.pop()]  # seconds a byte
     return [
-        _timing(entry, times[0], own, error, read_bytes_per_s)
+        _timing(entry, times[0], own, read_s, error)
         for entry, own, error in zip(raced, times, errors, strict=True)
     ]
 
@@ -672,12 +685,6 @@ def table_text(rows: Sequence[Timing]) -> str:
             f"{row.weight_bytes / 1e6:9.2f}  {row.bandwidth_share:18.2f}  {row.error:14.2e}"
         )
     return "\n".join(lines)
-
-
-def _device_rate(probed: machine.Machine, device: str) -> float:
-    wanted = torch.device(device)
-    name = "cuda:0" if wanted.type == "cuda" and wanted.index is None else device
-    return probed.device(name).read_bytes_per_s
 
 
 @contextmanager
@@ -742,13 +749,15 @@ def _timing(
     entry: Contender,
     baseline_s: Sequence[float],
     own_s: Sequence[float],
+    read_s: Sequence[float],
     error: float,
-    read_bytes_per_s: float,
 ) -> Timing:
     ratios = [base / own for base, own in zip(baseline_s, own_s, strict=True)]
     low, high = median_interval(ratios)
     median_s = statistics.median(own_s)
-    share = entry.weight_bytes / median_s / read_bytes_per_s
+    share = statistics.median(
+        entry.weight_bytes * byte_s / own for own, byte_s in zip(own_s, read_s, strict=True)
+    )
     return Timing(
         entry.name, median_s, statistics.median(ratios), low, high, entry.weight_bytes, share, error
     )

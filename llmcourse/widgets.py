@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmcourse import figures, sizing
+from llmcourse import figures, precision_figures, sizing
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
+    from torch import Tensor
 
 BYTES_PER_PARAMETER: Mapping[str, float] = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
 SHARDS = [1, 2, 4, 8, 16, 30, 64, 191]
@@ -97,6 +98,74 @@ def _load_time(
     )
     files = f", {shards} files of {size_bytes / shards / 1e9:.3g} GB," if shards > 1 else ""
     return figures.load_time(stages, what=f"{model} in {dtype}{files}")
+
+
+def rounding(weight: Tensor) -> VBox | None:
+    """Bits, group size and clipping of a layer's weight [N, K], above the histogram of what it becomes."""
+    if figures.inert():
+        return None
+    import ipywidgets
+
+    sizes = [size for size in (16, 32, 64, 128, 256) if weight.shape[1] % size == 0] or [weight.shape[1]]
+    controls = {
+        "bits": ipywidgets.IntSlider(value=4, min=2, max=8, description="bits"),
+        "group_size": ipywidgets.SelectionSlider(
+            options=sizes, value=sizes[len(sizes) // 2], description="group size"
+        ),
+        "clip": ipywidgets.FloatSlider(
+            value=1.0, min=0.3, max=1.0, step=0.05, description="range kept", continuous_update=False
+        ),
+    }
+    return _redrawn(lambda **chosen: precision_figures.rounding(weight, **chosen), controls)
+
+
+# Of data sheets: NVIDIA H100 SXM and RTX 4090 (dense bfloat16), Apple M2 Max (float16, GPU); memory in GB.
+SERVING_DEVICES: Mapping[str, tuple[float, float, float]] = {
+    "80 GB, 3.35 TB/s, 989 TFLOP/s (H100 SXM)": (80, 3.35e12, 989e12),
+    "24 GB, 1.01 TB/s, 165 TFLOP/s (RTX 4090)": (24, 1.008e12, 165e12),
+    "64 GB, 0.4 TB/s, 27 TFLOP/s (M2 Max)": (64, 0.4e12, 27e12),
+}
+STORED_BITS: Mapping[str, float] = {
+    "bfloat16": 16,
+    "int8, a scale a row": 8,
+    "int4, groups of 128": 4 + 16 / 128,
+    "MXFP4": 4.25,
+}
+
+
+def serving_cost() -> VBox | None:
+    """Memory and tokens a second of a public configuration in several stored forms, by batch, context and device."""
+    if figures.inert():
+        return None
+    import ipywidgets
+
+    controls = {
+        "model": ipywidgets.Dropdown(options=list(sizing.PUBLIC_CONFIGS), description="model"),
+        "device": ipywidgets.Dropdown(options=list(SERVING_DEVICES), description="device"),
+        "batch": ipywidgets.SelectionSlider(options=[1, 2, 4, 8, 16, 32, 64, 128, 256], description="batch"),
+        "context": ipywidgets.SelectionSlider(
+            options=[1024, 2048, 4096, 8192, 32768, 131072], value=4096, description="context"
+        ),
+        "cache": ipywidgets.Dropdown(options=[16, 8, 4], description="cache bits"),
+    }
+    return _redrawn(_serving, controls)
+
+
+def _serving(*, model: str, device: str, batch: int, context: int, cache: int) -> Any:
+    memory_gb, bytes_per_s, flops_per_s = SERVING_DEVICES[device]
+    plans = {
+        name: precision_figures.serving_plan(
+            sizing.PUBLIC_CONFIGS[model],
+            bits_per_weight=bits,
+            cache_bits=cache,
+            batch=batch,
+            context_tokens=context,
+            memory_bytes_per_s=bytes_per_s,
+            flops_per_s=flops_per_s,
+        )
+        for name, bits in STORED_BITS.items()
+    }
+    return precision_figures.serving(plans, memory_gb=memory_gb)
 
 
 def _redrawn(draw: Callable[..., Any], controls: Mapping[str, Any]) -> VBox:

@@ -208,6 +208,19 @@ def test_awq_s_input_scales_are_divided_out_and_counted_apart() -> None:
     assert made.input_scale_bits == 16 * 64
 
 
+def test_awq_sees_evenly_spaced_tokens_and_no_more_than_it_may() -> None:
+    seen: list[Tensor] = []
+
+    def record(weight: Tensor, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(x)
+        del options["steps"]
+        return torch.ones(64), *nearest(weight, **options)
+
+    inputs = torch.arange(10.0)[:, None].expand(10, 64)
+    compression.awq(record, most_tokens=4).quantize(torch.ones(2, 64), inputs, 8)
+    assert seen[0][:, 0].tolist() == [0, 3, 6, 9]
+
+
 def test_scales_that_float16_cannot_hold_are_refused() -> None:
     assert compression.stored_scales(torch.tensor([0.0, 1.0])).tolist() == [0.0, 1.0]
     for scale in (1e-9, 1e9):

@@ -90,12 +90,13 @@ JUDGES = {
         "source",
         "submission",
     ),
-    *("wall", "wire", "worker", "zygote"),
+    *("track", "wall", "wire", "worker", "zygote"),
 }
 INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_words", "standing"}
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS
-PICTURES = {"figures", "widgets"}
-PLACED = MEASURES | MODELS | JUDGES | BUILDERS | PICTURES | {"workspace", "lessons", "cli", "benchmarks"}
+EXPERIMENTS = {"compression", "kernels"}
+PICTURES = {"figures", "precision_figures", "widgets"}
+PLACED = MEASURES | MODELS | JUDGES | BUILDERS | EXPERIMENTS | PICTURES | {"workspace", "lessons", "cli", "benchmarks"}
 
 
 def forbidden(importer: str) -> set[str]:
@@ -107,6 +108,8 @@ def forbidden(importer: str) -> set[str]:
         return everyone | {"exercise"} | JUDGES | BUILDERS | {"lessons", "workspace"}
     if importer in JUDGES:
         return everyone | MODELS | BUILDERS | {"lessons"}
+    if importer in EXPERIMENTS:
+        return everyone | JUDGES | BUILDERS | {"lessons", "workspace"}
     if importer == "lessons":
         return PLACED - MEASURES - MODELS - {"lessons", "agreement"}  # a judge compares as others do
     if importer in PICTURES | {"workspace"}:

@@ -566,7 +566,7 @@ def test_the_recorded_noise_names_its_machine_and_is_small() -> None:
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_equal_contenders_on_one_core_took_equal_time(condition: str) -> None:
-    # Both did the same work. Nine recordings lay between 0.92 and 1.005, those above 0.98 but for one that was made
+    # Both did the same work. Whole laps of nine recordings lay between 0.92 and 1.005, all but one above 0.98, made
     # beside eight other processes; a contender that the scheduler prefers is ahead by half and more.
     logs = racing.work_logs(recorded()[condition])
     ratio = math.exp(racing.middle_mean(np.sort(logs[:, REFERENCE] - logs[:, ANSWER])))

@@ -361,7 +361,11 @@ def remainders(rng: Rng) -> Checkpoint:
         Load(numbered(layer(rng, "lm_head.bias", [(2, 3)], padded=True)), 1, 4),
         Load(numbered(layer(rng, "embed_tokens.weight", [(words, 1)], width=3, padded=True)), 1, world),
         Load(numbered(layer(rng, "lm_head.bias", [(words, 1)], padded=True)), 1, world),
-        Load(numbered(layer(rng, "gate_up_proj.weight", [(10, 1), (11, 1)], width=3, padded=True)), 1, 4),
+        Load(
+            numbered(layer(rng, "gate_up_proj.weight", [(10, 1), (11, 1), (5, 2)], width=3, padded=True)),
+            1,
+            4,
+        ),
         Load(
             numbered(layer(rng, "down_proj.weight", rng.shuffled(gated), "row", width=3, padded=True)), 1, 4
         ),
@@ -402,12 +406,13 @@ def heads_for_other_ranks(rng: Rng) -> Checkpoint:
 
 
 def columns_for_other_ranks(rng: Rng) -> Checkpoint:
-    heads, wide = [(8, 2), (8, 1)], [(6, 3), (12, 1)]
+    heads, wide = [(8, 2), (8, 1)], [(6, 3), (12, 1), (6, 1)]
     return Checkpoint(
         rng,
         Load(layer(rng, "o_proj.weight", heads, "row", width=3), 4, 8),
         Load(layer(rng, "o_proj.weight", heads, "row", width=3), 8, 4),
         Load(layer(rng, "down_proj.weight", wide, "row", width=5), *rng.choice([(2, 3), (3, 2)])),
+        Load(layer(rng, "o_proj.weight", heads, "row", width=3), 4, 4, [rng.integer(0, 3)]),
         Load(Layer("down_proj.bias", rng.normal(5), wide, "row"), 3, 2),
     )
 
@@ -422,6 +427,8 @@ def remainders_for_other_ranks(rng: Rng) -> Checkpoint:
         Load(layer(rng, "gate_up_proj.weight", gated, width=3, padded=True), 8, 4, [0, 2, 3]),
         Load(layer(rng, "down_proj.weight", fused, "row", width=3, padded=True), 4, 8, [0, 2, 5, 7]),
         Load(layer(rng, "gate_up_proj.weight", [(5, 2), (7, 1)], width=3, padded=True), 4, 4, [2, 3]),
+        Load(layer(rng, "lm_head.bias", [(6, 2)], padded=True), 4, 3),
+        Load(layer(rng, "lm_head.bias", [(7, 2)], padded=True), 3, 1),
         Load(Layer("down_proj.bias", rng.normal(5), fused, "row", padded=True), 4, 8, [0, rng.integer(1, 7)]),
     )
 
@@ -508,7 +515,7 @@ def resharded_columns(answer, rng, checkpoint):
 
 @case(load_rank_slice, service=remainders_for_other_ranks)
 def resharded_remainders(answer, rng, checkpoint):
-    """Padded layers saved for 8 ranks and loaded by 4, the other way round, and by as many as they were saved for."""
+    """Padded layers saved for some ranks and loaded by fewer, by more, and by as many as they were saved for."""
     return loaded(answer, checkpoint)
 
 

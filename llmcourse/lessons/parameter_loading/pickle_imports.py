@@ -725,7 +725,9 @@ class Containers(Files):
             "one name twice": archive({**good, TWIN.decode(): other}),
             "one name twice, the first harmless": archive({"archive/data.pkl": b"N.", TWIN.decode(): other}),
             "two pickles in one member": archive({"archive/data.pkl": inside + other}),
-            "a name that only begins so": archive({**good, "archive/data.pkl.old": garbage}),
+            "names that are only like it": archive(
+                {**good, "archive/data.pkl.old": garbage, "archive/data.PKL": garbage}
+            ),
             "no pickle": archive({"archive/version": b"3\n", "archive/data/0": garbage}),
             "a pickle that is none": archive({**good, "archive/data.pkl": inside[:-1]}),
             "a second pickle that is none": archive({**good, "archive/more.pkl": garbage}),
