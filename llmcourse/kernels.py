@@ -590,7 +590,7 @@ def _of_libraries(group_size: int, *, compiled: bool) -> list[Contender]:
 class Timing:
     """One contender in one interleaved measurement.
 
-    median_s          of one product
+    median_s          of one product: CPU seconds of the one thread; on an accelerator elapsed ones
     speedup           the median over rounds of (baseline's time / this one's in the same round)
     low, high         of the speedup: order statistics that hold its true median with 95 % confidence
     weight_bytes      read by one product
@@ -623,10 +623,10 @@ def decode_table(
 ) -> list[Timing]:
     """Time x [tokens, size] times a weight [out_features, size] in every form: the baseline's row first.
 
-    On a CPU at one thread: that is where a busy neighbour disturbs least. Each round draws fresh inputs and runs
-    all contenders once, in random order. It stops after `rounds`, or, five rounds at least, after `seconds`.
-    `entries` defaults to `contenders(device)`; the first is the baseline. One more contender sums a buffer: the
-    bandwidth that shares are stated of was then there at the same time, whoever else was using the machine.
+    On a CPU at one thread and by that thread's own clock, which a busy neighbour disturbs least. Each round draws
+    fresh inputs and runs all contenders once, in random order. It stops after `rounds`, or, five rounds at least,
+    after `seconds`. `entries` defaults to `contenders(device)`; the first is the baseline. One more contender sums a
+    buffer: the bandwidth that shares are stated of was then there at the same time, whoever else used the machine.
 
     Raises ValueError for sizes below 1, fewer than five rounds or no contender, and for shapes a kernel excludes.
     """
@@ -725,17 +725,17 @@ def _interleaved_s(
 
 
 def _once_s(entry: Contender, x: Tensor) -> float:
-    x = x.to(
-        entry.device, entry.x_dtype
-    )  # a model hands its activations on in its own dtype: not on the clock
+    x = x.to(entry.device, entry.x_dtype)  # off the clock: a model hands on activations in its own dtype
     repeats = 1 if entry.device == "cpu" else ACCELERATOR_REPEATS
     synchronize = _synchronize(entry.device)
+    # CPU seconds of this one thread: another process's turns, which hit long products oftener, are not counted.
+    clock = time.thread_time if entry.device == "cpu" else time.perf_counter
     synchronize()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         entry.run(x)
     synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _synchronize(device: str) -> Callable[[], object]:

@@ -347,6 +347,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             return packed[0]
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
     monkeypatch.setattr(kernels, "PlainRead", SlowRead)
     return now
 
