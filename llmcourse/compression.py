@@ -9,7 +9,7 @@ their own; None stands for the course's reference, looked up when it is called.
 Shapes: T tokens, K inputs, N outputs; a weight is [N, K], the inputs of a layer [T, K]. Only the decoder layers'
 linear weights are quantized: norms, embedding and head keep 16 bits a value.
 
-Not handled: models whose tokens are not the course's (they need windows of their own), mixtures of experts.
+Not handled: mixtures of experts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmcourse import text
+from llmcourse import zoo
 from llmcourse.model import Decoder
 from llmcourse.training import fixed_windows
 
@@ -92,13 +92,13 @@ def sites(model: Decoder) -> list[Site]:
 @functools.cache
 def held_out_slice(*, count: int = 16) -> Windows:
     """Windows of held-out text that every figure here is stated for: inputs and targets, each [count, 256]."""
-    return fixed_windows(text.corpus_tokens("held_out"), count=count, context_tokens=CONTEXT_TOKENS)
+    return fixed_windows(zoo.tokens("held_out"), count=count, context_tokens=CONTEXT_TOKENS)
 
 
 @functools.cache
 def calibration_tokens(*, count: int = 8) -> Tensor:
     """Windows of training text that methods may look at: [count, 256]. Never the text that is reported on."""
-    return fixed_windows(text.corpus_tokens("train"), count=count, context_tokens=CONTEXT_TOKENS)[0]
+    return fixed_windows(zoo.tokens("train"), count=count, context_tokens=CONTEXT_TOKENS)[0]
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import logging
 import math
 import random
 import statistics
@@ -385,6 +386,16 @@ class PlainRead(Contender):
 # ------------------------------------------------------------------- contenders of libraries that may be installed
 
 
+@contextmanager
+def _said_in_peace() -> Iterator[None]:
+    """torchao tells at import which of its compiled parts this machine cannot load; the contender does without."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 class TorchaoInt8(Contender):
     """torchao's int8 weight-only linear, eager or compiled, in bfloat16."""
 
@@ -396,7 +407,8 @@ class TorchaoInt8(Contender):
         self.name = f"torchao int8 weights, {'compiled' if compiled else 'eager'}"
 
     def _pack(self, weight: Tensor) -> Any:
-        quantization = importlib.import_module("torchao.quantization")
+        with _said_in_peace():
+            quantization = importlib.import_module("torchao.quantization")
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = torch.nn.Parameter(weight.to(self.x_dtype), requires_grad=False)
         holder = torch.nn.Sequential(linear)  # quantize_ replaces the modules inside what it is given

@@ -5,6 +5,7 @@ judging (a right answer) -> runner.race -> lanes -> run_race -> racing.race -> R
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,9 @@ RULES = Rules(looks=(24, 48, 96, 192))
 
 
 class Stumbled(Exception):
-    """A contender raised, died or ran too long in a lap: says what, in words for the learner."""
+    """A contender raised, died or ran too long in a lap: says what, in words for the learner; `name` says who."""
+
+    name = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,10 @@ def run_race(exercise: Exercise, lanes: Mapping[str, Lane], seed: int) -> RaceRe
         return agreement.difference(output, expected, tol=race.tol)
 
     pids = {name: lane.pid for name, lane in lanes.items() if lane.pid is not None}
-    contenders = [Contender(name, lane.lap, _cpu_clock(lane.pid)) for name, lane in lanes.items()]
+    contenders = [
+        Contender(name, functools.partial(_named_lap, name, lane), _cpu_clock(lane.pid))
+        for name, lane in lanes.items()
+    ]
     chance = Random(derive_seed(seed, "order"))
     with racing.on_one_core(list(pids.values()), random=chance) if pids else nullcontext():
         try:
@@ -82,7 +88,15 @@ def run_race(exercise: Exercise, lanes: Mapping[str, Lane], seed: int) -> RaceRe
                 rules=RULES,
             )
         except Stumbled as error:
-            return _fallen(exercise, "answer", str(error), race.keeps)
+            return _fallen(exercise, error.name, f"in a lap: {error}", race.keeps)
+
+
+def _named_lap(name: str, lane: Lane, x: Any) -> Any:
+    try:
+        return lane.lap(x)
+    except Stumbled as error:
+        error.name = name
+        raise
 
 
 def _fallen(exercise: Exercise, name: str, why: str, share: float) -> RaceResult:
@@ -100,7 +114,7 @@ def in_process(exercise: Exercise, answer: Any, seed: int) -> RaceResult:
     def lane(name: str, runner: Any) -> Lane:
         def line_up(seeds: tuple[int, int], x: Any) -> None:
             run = race.function(runner, Rng(*seeds))
-            held = run(x)
+            held = run(x) if name == "no-op" else None  # our own run, which checks, runs nothing here either
             runs[name] = (lambda x: held) if name == "no-op" else run
 
         return Lane(lambda seeds, x: _caught(line_up, seeds, x), lambda x: _caught(runs[name], x), None)

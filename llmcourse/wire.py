@@ -199,7 +199,10 @@ def _decode_tensor(rest: list[Any], blobs: list[bytes | None]) -> Data:
     dtype, raw = DTYPES[name], _blob(index, blobs)
     if math.prod(shape) * dtype.itemsize != len(raw):
         raise ProtocolError("a tensor whose bytes do not fit its shape")
-    flat = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0, dtype=torch.uint8)
+    # Into memory that torch aligns, as what an answer makes is: some kernels end the process where it is not.
+    flat = torch.empty(len(raw), dtype=torch.uint8)
+    if raw:
+        flat.copy_(torch.frombuffer(bytearray(raw), dtype=torch.uint8))
     if dtype == torch.bool and raw and int(flat.max()) > 1:
         raise ProtocolError("a bool tensor with bytes other than 0 and 1")
     tensor = flat.view(dtype).reshape(shape)

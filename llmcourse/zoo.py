@@ -34,6 +34,9 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RECORD_FILE = "training.json"
 
 
+OWN_CHARACTERS = 400_000  # of the corpus, for a model with a tokenizer of its own: a hundred windows and more
+
+
 def _config(
     *, hidden_size: int, layers: int, heads: int, key_value_heads: int, intermediate_size: int
 ) -> ModelConfig:
@@ -120,24 +123,48 @@ def load(name: Name, *, dtype: torch.dtype = torch.float32, device: torch.device
     return load_checkpoint(folder(name), dtype=dtype, device=device).eval()
 
 
-def model(*, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
-    """The model that lessons try things on, in evaluation mode: the teacher, or the learner's own.
+def model(
+    default: Name = "teacher", *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Decoder:
+    """The model that lessons try things on, in evaluation mode: one of the zoo's, or the learner's own.
 
     LLMCOURSE_MODEL, where it is set, names its checkpoint folder, of a family that `load_checkpoint` knows. Such a
-    model has a vocabulary of its own: tokens of the course's tokenizer are not its tokens.
+    model has a vocabulary of its own: `tokens` gives the corpus in its tokens.
 
     Raises ValueError where the variable names no such folder.
     """
     named = os.environ.get("LLMCOURSE_MODEL")
     if not named:
-        return load("teacher", dtype=dtype, device=device)
+        return load(default, dtype=dtype, device=device)
     try:
         return load_checkpoint(Path(named).expanduser(), dtype=dtype, device=device).eval()
     except (ValueError, OSError) as error:
         raise ValueError(
             f"LLMCOURSE_MODEL is {named!r}, expected a checkpoint folder: {error}; name another, or unset the "
-            "variable for the course's own teacher"
+            f"variable for the course's own {default}"
         ) from error
+
+
+@functools.cache
+def tokens(split: text.Split) -> Tensor:
+    """A split of the corpus in the tokens of what `model()` gives: one int64 stream.
+
+    For a learner's own model by the tokenizer.json in its folder, and only the first OWN_CHARACTERS characters.
+    Raises ValueError where there is no such file.
+    """
+    named = os.environ.get("LLMCOURSE_MODEL")
+    if not named:
+        return text.corpus_tokens(split)
+    from tokenizers import Tokenizer
+
+    file = Path(named).expanduser() / "tokenizer.json"
+    if not file.is_file():
+        raise ValueError(
+            f"LLMCOURSE_MODEL is {named!r}, a folder without tokenizer.json; expected the tokenizer beside the "
+            "model, or else its tokens cannot be known"
+        )
+    words = "\n\n".join(text.corpus(split))[:OWN_CHARACTERS]
+    return torch.tensor(Tokenizer.from_file(str(file)).encode(words, add_special_tokens=False).ids)
 
 
 def record(name: Name) -> Record:

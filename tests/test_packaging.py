@@ -96,7 +96,15 @@ INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_word
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS
 EXPERIMENTS = {"compression", "kernels"}
 PICTURES = {"figures", "precision_figures", "widgets"}
-PLACED = MEASURES | MODELS | JUDGES | BUILDERS | EXPERIMENTS | PICTURES | {"workspace", "lessons", "cli", "benchmarks"}
+PLACED = (
+    MEASURES
+    | MODELS
+    | JUDGES
+    | BUILDERS
+    | EXPERIMENTS
+    | PICTURES
+    | {"workspace", "lessons", "cli", "benchmarks"}
+)
 
 
 def forbidden(importer: str) -> set[str]:

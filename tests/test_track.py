@@ -86,7 +86,10 @@ def test_a_right_answer_is_raced_in_workers_and_in_this_process(total, engine):
         ("def total(values):\n    return lambda x: 1 / 0", "ZeroDivisionError"),
         ("def total(values):\n    return 3", "'int' object is not callable"),
         ("import os\ndef total(values):\n    return lambda x: os._exit(0)", "exit status 0"),
-        ("def total(values):\n    if len(values) > 5:\n        raise ValueError('large')", "ValueError: large"),
+        (
+            "def total(values):\n    if len(values) > 5:\n        raise ValueError('large')",
+            "ValueError: large",
+        ),
     ],
     ids=["wrong", "raises", "no run", "dies", "set-up raises"],
 )

@@ -277,7 +277,8 @@ def test_every_damage_to_an_archive_is_refused_or_does_not_matter(compression, s
 def test_a_compression_that_damage_made_up_is_refused_as_damage():
     data = lesson.archive({"a/data.pkl": b"N."})
     directory = data.index(b"PK\x01\x02")
-    for method in (1, 12, 14, 99):  # of these zipfile knows bzip2 and LZMA, whose errors are others than zlib's
+    # Of these zipfile knows bzip2 and LZMA, whose errors are others than zlib's.
+    for method in (1, 12, 14, 99):
         changed = bytearray(data)
         changed[8] = changed[directory + 10] = method
         assert refused(bytes(changed)), method
