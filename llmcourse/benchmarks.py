@@ -376,6 +376,116 @@ def lesson_rows() -> Iterator[Row]:
         yield Row(f"execute {path.stem}", f"{taken:.0f} s", "≤ 120 s", taken <= 120)
 
 
+# --------------------------------------------------------------------------------------------------- quantization
+
+
+def decode_rows() -> Iterator[Row]:
+    """One token through a 4096 x 4096 layer at one thread: every stored form, in one interleaved run."""
+    from llmcourse import kernels
+
+    timings = kernels.decode_table(4096, entries=kernels.contenders(compiled=True), rounds=31, seconds=120)
+    compiled = next(
+        (row.speedup for row in timings if "torchao" in row.name and "compiled" in row.name), None
+    )
+    bars = {"int8 weights, bfloat16 activations": 2.0, "int4 weights, bfloat16 activations": 3.0}
+    for row in timings:
+        bar = bars.get(row.name)
+        measured = (
+            f"{1e3 * row.median_s:.2f} ms, {row.speedup:.2f}× float32 [{row.low:.2f}, {row.high:.2f}], "
+            f"{row.bandwidth_share:.2f} of the bandwidth"
+        )
+        yield Row(
+            f"decode 4096×4096: {row.name}",
+            measured,
+            f"≥ {bar}×" if bar else "",
+            row.speedup >= bar if bar else None,
+        )
+    if compiled is not None:
+        ours = max(row.speedup for row in timings if row.name in bars)
+        int8 = next(row.speedup for row in timings if row.name == "int8 weights, bfloat16 activations")
+        told = f"int8 {int8:.2f}×, torchao's compiled int8 {compiled:.2f}×, best of ours {ours:.2f}×"
+        yield Row("decode: ours beside torchao compiled", told, "int8 ahead", int8 > compiled)
+
+
+def quantization_rows() -> Iterator[Row]:
+    """Output errors of GPTQ and AWQ over rounding to nearest, 64 × 64 at 4 bits, five seeds each."""
+    import torch
+
+    from llmcourse.exercise import find
+
+    nearest, gptq, awq = (find(name).reference for name in ("quantize_groups", "gptq_quantize", "awq_scales"))
+
+    def errors(rank: int, seed: int) -> tuple[float, float]:
+        draw = torch.Generator().manual_seed(seed)
+        weight = torch.randn(64, 64, generator=draw)
+        mixing = torch.eye(64) if rank == 64 else torch.randn(rank, 64, generator=draw)
+        x = torch.randn(4096, rank, generator=draw) @ mixing
+
+        def of(made: torch.Tensor) -> float:
+            return float(((made.double() - weight.double()) @ x.double().T).square().sum())
+
+        codes, scales = nearest(weight, bits=4, group_size=64)
+        base = of(codes * scales)
+        codes, scales = gptq(weight, x, bits=4, group_size=64)
+        stretch, scaled_codes, scaled_scales = awq(weight, x, bits=4, group_size=64)
+        return of(codes * scales) / base, of(scaled_codes * scaled_scales / stretch) / base
+
+    for name, rank, promised in (("rank n/4", 16, "≤ 0.2"), ("white", 64, "within 2 % of 1")):
+        found = [errors(rank, seed) for seed in range(5)]
+        ours = [pair[0] for pair in found]
+        holds = max(ours) <= 0.2 if rank == 16 else all(abs(one - 1) <= 0.02 for one in ours)
+        measured = f"{median(ours):.3f} [{min(ours):.3f}, {max(ours):.3f}] of 5 seeds"
+        yield Row(f"GPTQ's output error over round-to-nearest's, {name} inputs", measured, promised, holds)
+        worst = max(pair[1] for pair in found)
+        yield Row(
+            f"AWQ's output error over round-to-nearest's, {name} inputs",
+            f"at most {worst:.3f}",
+            "≤ 1",
+            worst <= 1,
+        )
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).float()
+    found_bits = find("fp8_round").reference(every).view(torch.int32)
+    cast = every.to(torch.float8_e4m3fn).float()
+    same = (found_bits == cast.view(torch.int32)) | cast.isnan() & every.isnan()
+    count = int(same.sum())
+    yield Row(
+        "fp8_round beside torch's cast, all bfloat16 values",
+        f"{count:,} of 65,536 bit-exact",
+        "all",
+        count == 1 << 16,
+    )
+
+
+def race_rows(races: int) -> Iterator[Row]:
+    """Real races of decode_linear: ours and an answer that dequantizes each time, beside busy neighbours."""
+    from llmcourse.engine import Engine
+    from llmcourse.exercise import find
+
+    exercise = find("decode_linear")
+    slow = next(name for name in exercise.alternatives if "every" in name or "dequant" in name)
+    disturb = [sys.executable, "-c", "import numpy\nx = numpy.ones(8 << 20, numpy.float32)\nwhile 1: x.sum()"]
+    for neighbours in (0, 1, 4):
+        busy = [subprocess.Popen(disturb) for _ in range(neighbours)]
+        try:
+            for name, wrong in ((exercise.name, "failed"), (slow, "passed")):
+                verdicts: dict[str, int] = {}
+                for seed in range(max(1, races // 6)):
+                    with Engine() as engine:
+                        verdict = engine.race(exercise, engine.ours(exercise, name), seed).verdict
+                    verdicts[verdict] = verdicts.get(verdict, 0) + 1
+                told = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+                yield Row(
+                    f"races of {name}, {neighbours} busy neighbours",
+                    told,
+                    f"none {wrong}",
+                    wrong not in verdicts,
+                )
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+
+
 # --------------------------------------------------------------------------------------------------------- table
 
 
@@ -403,6 +513,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="make bench", description=__doc__.splitlines()[0] if __doc__ else None
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--races", type=int, default=300, help="real races, in all; about three seconds each")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -413,7 +524,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(peak_of(options.folder, options.peak))
         return 0
     rows: list[Row] = []
-    parts = (lambda: loading_rows(options.rounds), lambda: starting_rows(5), checking_rows, lesson_rows)
+    parts = (
+        lambda: loading_rows(options.rounds),
+        lambda: starting_rows(5),
+        checking_rows,
+        lesson_rows,
+        decode_rows,
+        quantization_rows,
+        lambda: race_rows(options.races),
+    )
     for part in parts:
         for row in part():
             rows.append(row)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from llmcourse import figures, widgets
 
@@ -139,3 +140,18 @@ def test_a_checkpoint_of_a_public_model_in_many_files_says_how_large_each_is(dis
     assert _title(displayed[-1]).startswith(
         "Llama-3.1-70B in bfloat16, 30 files of 4.7 GB, takes at least 17.6 s"
     )
+
+
+def test_the_rounding_widget_offers_groups_that_divide_the_layer() -> None:
+    widget = widgets.rounding(torch.randn(8, 96))
+    assert list(_control(widget, "group size").options) == [16, 32]
+    _control(widget, "bits").value = 2
+    assert isinstance(widget.children[-1].outputs, tuple)
+
+
+def test_the_serving_widget_counts_a_quantized_cache() -> None:
+    device = next(iter(widgets.SERVING_DEVICES))
+    chosen = {"model": "Llama-3.1-8B", "device": device, "batch": 1, "context": 131_072}
+    wide, narrow = (widgets._serving(**chosen, cache=bits).alt_text for bits in (16, 4))
+    assert "17.2 GB" in wide and "4.29 GB" in narrow
+    assert widgets.serving_cost() is not None

@@ -438,3 +438,20 @@ def test_what_cannot_be_trained_is_one_line(
     (small / "something").touch()
     assert run(*arguments) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_a_learners_own_model_reads_the_corpus_in_its_own_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOURSE_MODEL", str(tmp_path))
+    zoo.tokens.cache_clear()
+    with pytest.raises(ValueError, match="without tokenizer.json"):
+        zoo.tokens("held_out")
+    text.tokenizer(512).save(str(tmp_path / "tokenizer.json"))
+    found = zoo.tokens("held_out")
+    assert found.dtype == torch.int64 and int(found.max()) < 512
+    begins = "\n\n".join(text.corpus("held_out"))[:100]
+    assert text.decode(found[:400].tolist(), vocab_size=512).startswith(begins)
+    monkeypatch.delenv("LLMCOURSE_MODEL")
+    zoo.tokens.cache_clear()
+    assert torch.equal(zoo.tokens("held_out"), text.corpus_tokens("held_out"))

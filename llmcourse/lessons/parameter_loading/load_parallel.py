@@ -28,7 +28,10 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
     ),
 )
 def load_parallel(
-    read: Callable[[str], dict[str, Tensor]], shards: Sequence[str], workers: int, into: dict[str, Tensor]
+    read: Callable[[str], dict[str, Tensor]],
+    shards: Sequence[str],
+    workers: int,
+    into: dict[str, Tensor],
 ) -> int:
     """Read every shard of a checkpoint, `workers` of them at a time, and put the
     tensors into `into`.

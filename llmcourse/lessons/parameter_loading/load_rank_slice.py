@@ -33,33 +33,40 @@ def load_rank_slice(
     world: int,
     padded: bool = False,
 ) -> Tensor | None:
-    """What rank `rank` of `world` holds of the weight or bias `name` under tensor parallelism; about 30 lines.
+    """What rank `rank` of `world` holds of the weight or bias `name` under tensor
+    parallelism; about 30 lines.
 
-    A layer computes x @ weight.T + bias, its weight is [out, in]. parallel is "column" where each rank computes some of
-    the outputs, which are then put side by side, and "row" where each rank gets some of the inputs, and the ranks'
-    outputs are added. A table of words [words, width] is cut by words and counts as "column".
+    A layer computes x @ weight.T + bias, its weight is [out, in]. parallel is "column"
+    where each rank computes some of the outputs, which are then put side by side, and
+    "row" where each rank gets some of the inputs, and the ranks' outputs are added. A
+    table of words [words, width] is cut by words and counts as "column".
 
-    parts says, in order, what the axis that is cut consists of: (units, size) for each tensor that is fused along it,
-    `units` units of `size` neighbouring rows or columns. A unit is a head or a single row and is never cut. Queries,
-    keys and values with 32 and 8 heads: [(32, 128), (8, 128), (8, 128)]; a gate and what it gates: [(14336, 1),
+    parts says, in order, what the axis that is cut consists of: (units, size) for each
+    tensor that is fused along it, `units` units of `size` neighbouring rows or columns.
+    A unit is a head or a single row and is never cut. Queries, keys and values with 32
+    and 8 heads: [(32, 128), (8, 128), (8, 128)]; a gate and what it gates: [(14336, 1),
     (14336, 1)]. A rank has something of each part, in the order of the parts:
 
-    - with padded=True ceil(units / world) units: the rank-th run of so many, with zeros for those that do not exist;
+    - with padded=True ceil(units / world) units: the rank-th run of so many, with zeros
+      for those that do not exist;
     - else, where world divides units, the rank-th run of units / world;
-    - else, where world is a multiple of units and the layer "column", the one unit rank * units // world, so that
-      several ranks hold copies (copied inputs would be added twice);
+    - else, where world is a multiple of units and the layer "column", the one unit rank
+      * units // world, so that several ranks hold copies (copied inputs would be added
+      twice);
     - else nothing: ValueError.
 
-    A bias [out] of a "column" layer is cut as the rows are. That of a "row" layer is to be added once: rank 0 gets all
-    of it, the others None.
+    A bias [out] of a "column" layer is cut as the rows are. That of a "row" layer is to
+    be added once: rank 0 gets all of it, the others None.
 
-    files: opened safetensors files; file i is what rank i of len(files) was given by these same rules, so a single one
-    holds everything. Padding in them may be anything, not only zeros; the bias of a "row" layer is in file 0 alone.
-    file.get_slice(name) has get_shape(), and gives values when it is indexed, by [rows] or [rows, columns] with slices
-    of step 1: as a view that keeps the whole tensor in memory.
+    files: opened safetensors files; file i is what rank i of len(files) was given by
+    these same rules, so a single one holds everything. Padding in them may be anything,
+    not only zeros; the bias of a "row" layer is in file 0 alone. file.get_slice(name)
+    has get_shape(), and gives values when it is indexed, by [rows] or [rows, columns]
+    with slices of step 1: as a view that keeps the whole tensor in memory.
 
-    Return a tensor of the stored dtype that keeps no memory but its own. Ask the files for no value that is not
-    returned, for none twice, and at most once for each part and file. Asking for no values at all is free.
+    Return a tensor of the stored dtype that keeps no memory but its own. Ask the files
+    for no value that is not returned, for none twice, and at most once for each part
+    and file. Asking for no values at all is free.
     """
     ### BEGIN SOLUTION
     axis = 0 if parallel == "column" else 1

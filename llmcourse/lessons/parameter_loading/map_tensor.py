@@ -51,28 +51,35 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
     ),
 )
 def map_tensor(path: str, name: str) -> Tensor:
-    """One tensor of a safetensors file by its name, mapped from the file instead of read; about 20 lines.
+    """One tensor of a safetensors file by its name, mapped from the file instead of
+    read; about 20 lines.
 
-    The file is 8 bytes N (unsigned, little-endian), N bytes of JSON {name: {"dtype": ..., "shape": [...],
-    "data_offsets": [begin, end]}} with or without `__metadata__`, then the data, from whose first byte offsets are
-    counted. It is intact: what read_header refuses does not occur. The dtypes are F64 F32 F16 BF16 I64 I32 I16 I8 U8
-    BOOL (torch.float64 ... torch.bool), F8_E4M3 (torch.float8_e4m3fn) and F8_E5M2 (torch.float8_e5m2). Shape [] is
-    one value; a 0 in a shape means no values and no bytes.
+    The file is 8 bytes N (unsigned, little-endian), N bytes of JSON {name: {"dtype":
+    ..., "shape": [...], "data_offsets": [begin, end]}} with or without `__metadata__`,
+    then the data, from whose first byte offsets are counted. It is intact: what
+    read_header refuses does not occur. The dtypes are F64 F32 F16 BF16 I64 I32 I16 I8
+    U8 BOOL (torch.float64 ... torch.bool), F8_E4M3 (torch.float8_e4m3fn) and F8_E5M2
+    (torch.float8_e5m2). Shape [] is one value; a 0 in a shape means no values and no
+    bytes.
 
-    Returns a contiguous, plain CPU tensor of this dtype and shape. Its storage holds its own bytes and no others, for
-    torch.save writes whole storages. Its data_ptr() is a multiple of its item size; where the file's bytes do not
-    lie so, for instance behind a tensor of 3 bytes, and only there, it is a copy.
+    Returns a contiguous, plain CPU tensor of this dtype and shape. Its storage holds
+    its own bytes and no others, for torch.save writes whole storages. Its data_ptr() is
+    a multiple of its item size; where the file's bytes do not lie so, for instance
+    behind a tensor of 3 bytes, and only there, it is a copy.
 
-    The map is private: the tensor can be written to, and that changes neither the file nor what other calls return.
-    The file may be replaced (os.replace) or deleted meanwhile: tensors keep their values, later calls see the new
-    file. Not handled: a file that is written to in place, which a private map may or may not show, or cut short,
-    which ends the process.
+    The map is private: the tensor can be written to, and that changes neither the file
+    nor what other calls return. The file may be replaced (os.replace) or deleted
+    meanwhile: tensors keep their values, later calls see the new file. Not handled: a
+    file that is written to in place, which a private map may or may not show, or cut
+    short, which ends the process.
 
-    KeyError when the file has no tensor of that name, with the name in its message; `__metadata__` is no tensor.
+    KeyError when the file has no tensor of that name, with the name in its message;
+    `__metadata__` is no tensor.
 
-    Costs are counted on a tensor of 8 MiB in a file of 32 MiB, all its values read (on Linux; elsewhere nothing is
-    counted): at most 1 MiB through read calls and 2 MiB of memory beside the file's pages; and at most 10 MiB of the
-    file read or mapped in. The library's own readers are switched off.
+    Costs are counted on a tensor of 8 MiB in a file of 32 MiB, all its values read (on
+    Linux; elsewhere nothing is counted): at most 1 MiB through read calls and 2 MiB of
+    memory beside the file's pages; and at most 10 MiB of the file read or mapped in.
+    The library's own readers are switched off.
     """
     ### BEGIN SOLUTION
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -39,8 +39,8 @@ def parameter_count(config: dict[str, Any]) -> int:
         num_key_value_heads  then num_attention_heads
         head_dim             then hidden_size // num_attention_heads
         tie_word_embeddings  then False; True: the head is the embedding, one tensor, counted once
-        attention_bias       then False; True: q, k, v and o have a bias each (llama and qwen3 only)
-        mlp_bias             then False; True: gate, up and down have a bias each (llama only)
+        attention_bias       then False; True: a bias each for q, k, v, o (llama, qwen3)
+        mlp_bias             then False; True: a bias each for gate, up, down (llama)
 
     What a family has beyond that stands in its code, not in its config.json: qwen2 has
     biases on q, k and v, never on o; qwen3 has two more norms a layer, one for queries

@@ -56,31 +56,40 @@ Pair = tuple[str, str]
     ),
 )
 def pickle_imports(data: bytes) -> list[tuple[str, str]]:
-    """What unpickling would import, without doing it: pairs (module, name), sorted, each once; about 45 lines.
+    """What unpickling would import, without doing it: pairs (module, name), sorted,
+    each once; about 45 lines.
 
-    data is a pickle of protocol 0 to 5, or several one after the other up to the last byte, each with a stack and a
-    memo of its own. If, and only if, it begins with b"PK\\x03\\x04", it is a zip archive as torch.save writes it;
-    then every member whose name ends in .pkl is such data, of two members with one name both. No other member is
-    read into memory (a sixth of the points).
+    data is a pickle of protocol 0 to 5, or several one after the other up to the last
+    byte, each with a stack and a memo of its own. If, and only if, it begins with
+    b"PK\\x03\\x04", it is a zip archive as torch.save writes it; then every member
+    whose name ends in .pkl is such data, of two members with one name both. No other
+    member is read into memory (a sixth of the points).
 
-    Pairs are what the file says, harmless ones too: a dotted name stays whole, Python 2's modules keep their names.
-    These opcodes import, and no others; what a call would import in its turn is not asked:
+    Pairs are what the file says, harmless ones too: a dotted name stays whole, Python
+    2's modules keep their names. These opcodes import, and no others; what a call would
+    import in its turn is not asked:
 
-    - GLOBAL and INST have module and name in their argument, in ASCII and without spaces.
-    - STACK_GLOBAL takes them from the stack: the two topmost values, module below name. Texts come from any opcode
-      that makes one (STRING, BINSTRING, SHORT_BINSTRING do, since Python 3 decodes them), from the memo, from DUP.
-    - EXT1, EXT2 and EXT4 have a number that only the process that loads can look up. It is the second half of
-      the pair, as in ("extension registry", "17").
+    - GLOBAL and INST have module and name in their argument, in ASCII and without
+      spaces.
+    - STACK_GLOBAL takes them from the stack: the two topmost values, module below name.
+      Texts come from any opcode that makes one (STRING, BINSTRING, SHORT_BINSTRING do,
+      since Python 3 decodes them), from the memo, from DUP.
+    - EXT1, EXT2 and EXT4 have a number that only the process that loads can look up. It
+      is the second half of the pair, as in ("extension registry", "17").
 
-    ValueError, and nothing else, for what cannot be known or read: STACK_GLOBAL on anything but two texts, such as
-    the result of a call; bytes that end before STOP; opcodes and arguments that are none; too few values on
-    the stack for an opcode, no mark, a memo entry never made; bytes behind the last pickle (torch wrote
-    such files before 1.6); an archive that is damaged, encrypted or without a .pkl. Imports found before that are no
-    excuse: an unpickler would have made them, and this function has not seen all.
+    ValueError, and nothing else, for what cannot be known or read: STACK_GLOBAL on
+    anything but two texts, such as the result of a call; bytes that end before STOP;
+    opcodes and arguments that are none; too few values on the stack for an opcode, no
+    mark, a memo entry never made; bytes behind the last pickle (torch wrote such files
+    before 1.6); an archive that is damaged, encrypted or without a .pkl. Imports found
+    before that are no excuse: an unpickler would have made them, and this function has
+    not seen all.
 
-    How many values an opcode takes and leaves matters, not whether an unpickler could use them: a list as a dict's key,
-    a call of None, a buffer that the file leaves to its reader are no errors here. All opcodes of pickletools.opcodes
-    may occur. pickletools.genops may be used: it cuts bytes into opcodes and runs none. What unpickles is switched off.
+    How many values an opcode takes and leaves matters, not whether an unpickler could
+    use them: a list as a dict's key, a call of None, a buffer that the file leaves to
+    its reader are no errors here. All opcodes of pickletools.opcodes may occur.
+    pickletools.genops may be used: it cuts bytes into opcodes and runs none. What
+    unpickles is switched off.
     """
     ### BEGIN SOLUTION
     found: set[tuple[str, str]] = set()

@@ -46,8 +46,9 @@ def plan_load(
 
     how = "slices"      each rank reads its own part from the disk
           "everything"  each rank reads the whole checkpoint from the disk, and nothing is cached
-          "broadcast"   rank 0 reads the whole checkpoint; in small chunks all of it goes from rank 0 to rank 1, from
-                        there to rank 2, and so on to the last rank
+          "broadcast"   rank 0 reads the whole checkpoint; in small chunks all of it
+                        goes from rank 0 to rank 1, from there to rank 2, and so on to
+                        the last rank
     Whatever it has read or received, a rank copies only its own part to its device.
     ValueError for another `how`.
 
