@@ -200,8 +200,10 @@ def test_json_holds_what_the_issue_promises(scaled):
         "mistake",
         "cases",
         "costs",
+        "race",
         "notes",
     }
+    assert report["race"] is None
     assert report["mistake"] == "Adds."
     assert [set(part) for part in report["cases"]] == [{"name", "agrees", "reason"}] * 2
     assert {"name", "counted", "at_most", "authority", "agrees"} <= set(report["costs"][0])
