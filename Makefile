@@ -11,7 +11,9 @@ PY     := .venv/bin/python
 STAMP  := .venv/.installed
 # torch is installed first and alone, so that a CPU build chosen by hand (README, "CPU only") stays.
 TORCH  := $(shell grep '^torch==' constraints.txt)
+# The same seeds each time: what passed here passes there. make audit draws fresh ones.
 AUDIT  ?= --sample
+SEED   ?= 0
 LAB    ?=
 # Files side by side, the tests of one file after another.
 PYTEST ?= -n auto --maxprocesses 4 --dist loadfile
@@ -52,8 +54,8 @@ ifneq ($(NOTEBOOKS),)
 	@echo "== nbval: the solution notebooks run, and print again what they are marked for"
 	@LLMCOURSE_SEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --nbval-lax $(NOTEBOOKS)
 endif
-	@echo "== audit $(AUDIT)"
-	@$(PY) -m llmcourse.cli audit $(AUDIT)
+	@echo "== audit $(AUDIT) --seed $(SEED)"
+	@$(PY) -m llmcourse.cli audit $(AUDIT) --seed $(SEED)
 	@echo "== notebooks are built from their sources"
 	@$(PY) -m llmcourse.notebook --check
 ifneq ($(BROWSER),)

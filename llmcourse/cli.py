@@ -460,7 +460,10 @@ def audit(
         bool, typer.Option("--all/--sample", help="Every mutant, or a seeded sample of them.")
     ] = True,
     mutants: Annotated[int, typer.Option(min=1, help="Mutants of each exercise in a sample.")] = 8,
-    seeds: Annotated[int, typer.Option(min=1, help="Fresh seeds to try each answer on.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds to try each answer on.")] = 3,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The first seed, to repeat an audit; drawn unless given.")
+    ] = None,
 ) -> None:
     """Prove the exercises: their wrong answers, lazy answers and mutants fail, their right answers pass.
 
@@ -480,6 +483,7 @@ def audit(
                 chosen,
                 mutants=None if every else mutants,
                 seeds=seeds,
+                seed=seed,
                 progress=lambda name: status.update(f"Auditing {name} …"),
             )
     except HarnessFault as error:

@@ -88,6 +88,7 @@ class WorkerProcess:
         self._engine, self._exercise, self._answer, self._seed = engine, exercise, answer, seed
         self._sending = threading.Lock()
         self._calls = threading.Semaphore(MAX_CALLS)
+        self._items = 0
         # A call may wait for another, as `receive` for `send`: as many threads as calls may be under way.
         self._servers = ThreadPoolExecutor(max_workers=MAX_CALLS)
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
@@ -145,9 +146,11 @@ class WorkerProcess:
         self, item: Item, seeds: tuple[int, int], limit: float, max_bytes: int, service: Any, saved: Any
     ) -> Outcome:
         """Run one item; serve the calls it makes meanwhile."""
+        self._items += 1
         message = {
             "do": "item",
             "item": item.name,
+            "number": self._items,
             "answer": self._answer.name,
             "seed": seeds[0],
             "answer_seed": seeds[1],
@@ -164,7 +167,9 @@ class WorkerProcess:
                 if "call" in reply:
                     if not self._calls.acquire(blocking=False):
                         raise wire.ProtocolError(f"more than {MAX_CALLS} calls at once")
-                    self._servers.submit(self._serve, service, reply, data)
+                    # A thread that an earlier item left behind may still call; this item's service does not hear it.
+                    current = reply.get("number") == self._items
+                    self._servers.submit(self._serve, service if current else None, reply, data)
                     continue
                 return outcome_of(self._checked(reply), data.get("observed"), {})
         except TimeoutError:

@@ -8,6 +8,7 @@ mistake that explains what failed. References, seeds and comparison never enter 
 from __future__ import annotations
 
 import contextlib
+import gc
 import heapq
 import threading
 import traceback
@@ -198,7 +199,7 @@ class InProcess:
         expected: Mapping[str, Outcome] | None,
     ) -> dict[str, Outcome]:
         outcomes: dict[str, Outcome] = {}
-        with switched_off(exercise.forbid), warnings.catch_warnings():
+        with switched_off(exercise.forbid), own_garbage(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for item in items:
                 if item.after is not None and not saved_by(item, outcomes)[0]:
@@ -271,6 +272,24 @@ class InProcess:
         for thread in threads:
             thread.join()
         return together(found, link)
+
+
+@contextlib.contextmanager
+def own_garbage() -> Iterator[None]:
+    """Collect garbage inside among what is made inside, and all of that at the end.
+
+    A cost collects before it measures; looking through the objects that torch and the notebook hold already would
+    take longer than the answer.
+    """
+    if gc.get_freeze_count():  # frozen by the program itself: not ours to thaw
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.collect()
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -294,13 +294,14 @@ class Channel:
         with self._sending:
             wire.send(self._connection, message, data)
 
-    def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """Call a method of the judge's service and wait; a builtin exception it raises is raised here."""
+    def call(self, number: int, method: str, arguments: tuple[Any, ...]) -> Any:
+        """Call a method of the service of the item `number` and wait; a builtin exception it raises is raised here."""
         answer: queue.SimpleQueue[tuple[dict[str, Any], dict[str, Any]]] = queue.SimpleQueue()
         with self._sending:
             self._next += 1
             self._waiting[self._next] = answer
-            wire.send(self._connection, {"call": self._next, "method": method}, {"arguments": arguments})
+            call = {"call": self._next, "number": number, "method": method}
+            wire.send(self._connection, call, {"arguments": arguments})
         message, data = answer.get()
         if "raises" in message:
             raise getattr(__import__("builtins"), message["raises"])(message["message"])
@@ -310,15 +311,17 @@ class Channel:
 class Remote:
     """Stands for a service in the judge's process: its calls go there and are counted there."""
 
-    def __init__(self, channel: Channel, methods: Sequence[str], attributes: dict[str, Any]) -> None:
-        self._channel = channel
+    def __init__(
+        self, channel: Channel, number: int, methods: Sequence[str], attributes: dict[str, Any]
+    ) -> None:
+        self._channel, self._number = channel, number
         for method in methods:
             setattr(self, method, functools.partial(self._call, method))
         for name, value in attributes.items():
             setattr(self, name, value)
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        return self._channel.call(method, arguments)
+        return self._channel.call(self._number, method, arguments)
 
 
 class Worker:
@@ -394,7 +397,7 @@ class Worker:
         rng = Rng(message["seed"], message["answer_seed"])
         extra: list[Any] = [data["saved"]] if "saved" in data else []
         if message["methods"] is not None:
-            extra.append(Remote(self.channel, message["methods"], message["attributes"]))
+            extra.append(Remote(self.channel, message["number"], message["methods"], message["attributes"]))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             happened, observed = perform(

@@ -510,6 +510,14 @@ def test_audit_tries_every_mutant_unless_a_sample_is_asked_for(
     assert (audited["lessons"], audited["mutants"], audited["seeds"]) == (["parameter_loading"], mutants, 4)
 
 
+@pytest.mark.parametrize(("arguments", "seed"), [([], None), (["--seed", "7"], 7)])
+def test_an_audit_draws_its_seeds_unless_it_repeats_one(
+    audited: dict[str, object], arguments: list[str], seed: int | None
+) -> None:
+    assert run("audit", *arguments) == 0
+    assert audited["seed"] == seed
+
+
 def test_an_incomplete_audit_fails_after_its_report(
     audited: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:

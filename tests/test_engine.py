@@ -474,13 +474,37 @@ def test_a_service_answers_from_the_judges_process_and_counts_there(engine, serv
         ("shelf.read(1)", "raised TypeError"),
         ("shelf.read(object(), 2)", "raised TypeError"),
         ("shelf.secret()", "raised AttributeError"),
-        ("shelf._channel.call('secret', ())", "offers no call 'secret'"),
-        ("shelf._channel.call('__init__', ())", "offers no call '__init__'"),
+        ("shelf._channel.call(shelf._number, 'secret', ())", "offers no call 'secret'"),
+        ("shelf._channel.call(shelf._number, '__init__', ())", "offers no call '__init__'"),
     ],
 )
 def test_what_a_service_refuses_is_raised_in_the_answer(engine, served, call, reason):
     found = verdict(engine, served, f"def read_all(shelf):\n    return {call}")
     assert found.verdict == "wrong" and reason in found.reason
+
+
+def test_a_thread_left_behind_by_one_item_does_not_reach_the_service_of_the_next(engine, served):
+    leaves_one = """
+import threading
+refused, calling = threading.Event(), []
+
+def read_all(shelf):
+    def call_on():
+        try:
+            while True:
+                shelf.read(0, 8)
+        except AttributeError:
+            refused.set()
+    if calling:
+        assert refused.wait(30)
+    else:
+        calling.append(threading.Thread(target=call_on, daemon=True))
+        calling[0].start()
+    return shelf.read(0, 8) + b"no such book"
+"""
+    found = verdict(engine, served, leaves_one)
+    assert [(c.name, c.counted) for r in found.results for c in r.costs] == [("reads", 1)]
+    assert (found.verdict, found.points) == ("right", 3)
 
 
 def test_a_second_phase_sees_only_what_was_saved(engine, phased):

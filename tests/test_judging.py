@@ -21,6 +21,7 @@ from llmcourse.judging import (
     costs_of,
     expectations,
     judge,
+    own_garbage,
     verdict_of,
 )
 
@@ -612,3 +613,37 @@ def test_alternatives_run_like_any_answer(scaled):
     runner = InProcess()
     assert verdict(scaled, runner.ours(of(scaled), "turned")).points == 6
     assert runner.ours(of(scaled), "scaled") is scaled
+
+
+def test_garbage_made_by_an_answer_is_collected_and_what_was_there_is_left_alone():
+    """Looking through a notebook's own objects takes longer than an answer; they are the notebook's to collect."""
+    import gc
+    import weakref
+
+    class Node:
+        def __init__(self):
+            self.itself = self
+
+    gc.disable()
+    before = weakref.ref(Node())
+    with own_garbage():
+        inside = weakref.ref(Node())
+        gc.collect()
+        assert inside() is None and before() is not None and gc.get_freeze_count()
+        left = weakref.ref(Node())
+    assert left() is None and before() is not None and not gc.get_freeze_count()
+    gc.enable()
+    gc.collect()
+    assert before() is None
+
+
+def test_objects_that_a_program_froze_itself_stay_frozen():
+    import gc
+
+    gc.freeze()
+    try:
+        with own_garbage():
+            pass
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

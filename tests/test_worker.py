@@ -352,7 +352,7 @@ def test_a_remote_service_waits_for_its_own_reply_when_several_threads_call():
     from llmcourse import wire
 
     ours, theirs = socket.socketpair()
-    remote = worker.Remote(worker.Channel(theirs), ("double",), {"rank": 1})
+    remote = worker.Remote(worker.Channel(theirs), 1, ("double",), {"rank": 1})
     found = {}
 
     def ask(number):
