@@ -283,7 +283,8 @@ class Clone:
             name: value
             for name, value in os.environ.items()
             # A make around this one hands down its variables.
-            if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "AUDIT", "PYTEST", "LAB")
+            if name
+            not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "AUDIT", "BROWSER", "PYTEST", "LAB")
         }
         command = [needed("make"), "PYTHON=./python", *arguments]
         environment = {**outside, "FAIL": fail or "nothing at all"}
@@ -308,7 +309,7 @@ STAGES = [
     ("pytest", "-m pytest"),
     ("audit --sample", "-m llmcourse.cli audit --sample --seed 0"),
     ("notebooks", "-m llmcourse.notebook --check"),
-    ("browser", "-m pytest -m browser tests/browser"),
+    ("browser", "-m pytest -m browser tests/browser/test_lesson.py"),
 ]
 
 
@@ -343,8 +344,15 @@ def test_a_set_up_that_fails_leaves_no_stamp_and_is_finished_by_the_next(clone: 
     assert clone.stamp.exists()
 
 
+def with_browser_tests(clone: Clone) -> None:
+    folder = clone.root / "tests" / "browser"
+    folder.mkdir(parents=True)
+    for name in ("test_lesson.py", "test_run_all.py"):
+        (folder / name).touch()
+
+
 def test_make_test_runs_every_stage_in_order_and_names_it(clone: Clone) -> None:
-    (clone.root / "tests" / "browser").mkdir(parents=True)
+    with_browser_tests(clone)
     clone.make("setup")
     code, asked, shown = clone.make("test")
     assert code == 0
@@ -358,7 +366,7 @@ def test_make_test_runs_every_stage_in_order_and_names_it(clone: Clone) -> None:
 
 @pytest.mark.parametrize("stage", range(len(STAGES)), ids=[title for title, _ in STAGES])
 def test_the_first_stage_that_fails_stops_make_test(clone: Clone, stage: int) -> None:
-    (clone.root / "tests" / "browser").mkdir(parents=True)
+    with_browser_tests(clone)
     clone.make("setup")
     code, asked, shown = clone.make("test", fail=STAGES[stage][1])
     assert code != 0
@@ -377,9 +385,16 @@ def test_executed_notebooks_are_tested_with_nbval_where_there_are_some(clone: Cl
     assert "--nbval-lax" not in tests
 
 
+def test_run_all_of_every_lesson_waits_for_ci(clone: Clone) -> None:
+    with_browser_tests(clone)
+    clone.make("setup")
+    assert clone.make("test")[1][-1] == "-m pytest -m browser tests/browser/test_lesson.py"
+    assert clone.make("test", "BROWSER=tests/browser")[1][-1] == "-m pytest -m browser tests/browser"
+
+
 def test_all_mutants_are_audited_when_asked(clone: Clone) -> None:
     clone.make("setup")
-    assert "-m llmcourse.cli audit --all" in clone.make("test", "AUDIT=--all")[1]
+    assert "-m llmcourse.cli audit --all --seed 0" in clone.make("test", "AUDIT=--all")[1]
 
 
 def test_an_unsuitable_python_is_refused_before_anything_is_made(clone: Clone) -> None:
@@ -407,7 +422,7 @@ def test_ci_needs_nothing_but_bash_to_begin_and_ends_in_make_test() -> None:
     assert os.access(path, os.X_OK)
     assert text.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in text
     assert "export LLMCOURSE_REQUIRE=all" in text
-    assert text.rstrip().splitlines()[-1].startswith("exec make test AUDIT=--all")
+    assert text.rstrip().splitlines()[-1].startswith("exec make test AUDIT=--all BROWSER=tests/browser ")
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
 
 
