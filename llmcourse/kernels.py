@@ -57,26 +57,28 @@ def check_weight(weight: Tensor) -> Tensor:
     return wide
 
 
-def symmetric_codes(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+def symmetric_codes(
+    weight: Tensor, *, bits: int, group_size: int, clip: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Round-to-nearest: weight [N, K] -> codes int8 [N, K], scales float32 [N, K / group_size].
 
-    Each group's largest magnitude becomes the top code; a group of zeros gets scale 1. ValueError unless
-    group_size divides K, as packed kernels demand.
+    `clip` times each group's largest magnitude becomes the top code; a group of zeros gets scale 1. ValueError
+    unless group_size divides K, as packed kernels demand.
     """
     rows, columns = weight.shape
     if columns % group_size:
         raise ValueError(
-            f"group_size {group_size} does not divide in_features {columns}; choose one that does"
+            f"expected a group_size that divides in_features {columns}, got {group_size}; choose one that does"
         )
     top = 2 ** (bits - 1) - 1
     groups = weight.view(rows, columns // group_size, group_size)
-    scales = groups.abs().amax(-1) / top
+    scales = clip * groups.abs().amax(-1) / top
     scales = torch.where(scales == 0, 1.0, scales)
     codes = (groups / scales[..., None]).round_().clamp_(-top, top)
     return codes.view(rows, columns).to(torch.int8), scales
 
 
-def _expanded(codes: Tensor, scales: Tensor) -> Tensor:
+def expanded(codes: Tensor, scales: Tensor) -> Tensor:
     """codes [N, K] and scales [N, groups] -> the weight they stand for, float64 [N, K]."""
     group_size = codes.shape[1] // scales.shape[1]
     return codes.double() * scales.double().repeat_interleave(group_size, dim=1)
@@ -188,7 +190,7 @@ class Int8WeightOnly(Contender):
         return torch.ops.aten._weight_int8pack_mm(x, *packed)
 
     def _unpack(self, packed: tuple[Tensor, Tensor]) -> Tensor:
-        return _expanded(packed[0], packed[1][:, None])
+        return expanded(packed[0], packed[1][:, None])
 
 
 class Int4WeightOnly(Contender):
@@ -287,7 +289,7 @@ class Int8PerToken(Contender):
         return torch._int_mm(x_codes, codes.t())[:tokens].float().mul_(steps).mul_(scales)
 
     def _unpack(self, packed: tuple[Tensor, Tensor]) -> Tensor:
-        return _expanded(packed[0], packed[1][:, None])
+        return expanded(packed[0], packed[1][:, None])
 
 
 class DequantizeThenLinear(Contender):
@@ -303,7 +305,7 @@ class DequantizeThenLinear(Contender):
         return F.linear(x, codes.to(x.dtype) * scales)
 
     def _unpack(self, packed: tuple[Tensor, Tensor]) -> Tensor:
-        return _expanded(*packed)
+        return expanded(*packed)
 
 
 class CompiledInt8(Contender):
@@ -321,7 +323,7 @@ class CompiledInt8(Contender):
         return _compiled_int8()(x, *packed)
 
     def _unpack(self, packed: tuple[Tensor, Tensor]) -> Tensor:
-        return _expanded(packed[0], packed[1][:, None])
+        return expanded(packed[0], packed[1][:, None])
 
 
 @functools.cache
@@ -508,9 +510,9 @@ class OnnxRuntime(Contender):
         if self.form == "float32":
             return parts[0].T.double()
         if self.form == "int8":
-            return _expanded(parts[0].T, parts[1][:, None])
+            return expanded(parts[0].T, parts[1][:, None])
         pairs, scales = parts[0].flatten(1).to(torch.int16), parts[1].view(parts[0].shape[0], -1)
-        return _expanded(torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1) - 8, scales)
+        return expanded(torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1) - 8, scales)
 
     def _copy(self, packed: Any) -> Any:
         parts = packed[0]

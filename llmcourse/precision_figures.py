@@ -86,20 +86,17 @@ def rounded(weight: Tensor, *, bits: int, group_size: int, clip: float) -> Round
 
     Scales are counted with 16 bits. Raises ValueError unless group_size divides K, bits is 2..8 and 0 < clip <= 1.
     """
-    if weight.dim() != 2 or weight.shape[1] % group_size:
-        raise ValueError(
-            f"expected a weight [out, in] that groups of {group_size} divide, got {list(weight.shape)}"
-        )
+    from llmcourse.kernels import check_weight, expanded, symmetric_codes
+
     if not 2 <= bits <= 8 or not 0 < clip <= 1:
         raise ValueError(f"expected bits of 2 to 8 and a clip above 0, at most 1; got {bits} and {clip}")
-    groups = weight.detach().float().reshape(len(weight), -1, group_size)  # [N, groups, group_size]
-    top = 2 ** (bits - 1) - 1
-    scales = (clip * groups.abs().amax(dim=2, keepdim=True) / top).clamp(min=1e-30)
-    steps = groups / scales
-    values = steps.round().clamp(-top, top) * scales
-    error = float((values - groups).norm() / groups.norm().clamp(min=1e-30))
-    clipped = float((steps.abs() > top + 0.5).float().mean())
-    return Rounded(values.reshape_as(weight), float(scales.median()), error, clipped, bits + 16 / group_size)
+    wide = check_weight(weight)
+    codes, scales = symmetric_codes(wide, bits=bits, group_size=group_size, clip=clip)
+    values = expanded(codes, scales).float()
+    error = float((values - wide).norm() / wide.norm().clamp(min=1e-30))
+    half_steps = scales.repeat_interleave(group_size, dim=1) * (2 ** (bits - 1) - 0.5)
+    clipped = float((wide.abs() > half_steps).float().mean())
+    return Rounded(values, float(scales.median()), error, clipped, bits + 16 / group_size)
 
 
 @_picture

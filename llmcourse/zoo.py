@@ -32,8 +32,6 @@ Name = Literal["teacher", "student", "draft"]
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 RECORD_FILE = "training.json"
-
-
 OWN_CHARACTERS = 400_000  # of the corpus, for a model with a tokenizer of its own: a hundred windows and more
 
 
