@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmcourse.exercise import find
-
-awq_scales = find("awq_scales").reference
+from llmcourse import exercise, judging
+from llmcourse.lessons.quantization import awq_scales as lesson
+from llmcourse.lessons.quantization.awq_scales import awq_scales
 
 Found = tuple[Tensor, Tensor, Tensor]
+Answer = Callable[..., Found]
 
 
 def dequantized(found: Found, group_size: int) -> Tensor:
@@ -228,3 +230,142 @@ def test_what_makes_no_sense_is_refused_by_name(changes: dict[str, Any], match: 
     awq_scales(**given)
     with pytest.raises(ValueError, match=match):
         awq_scales(**{**given, **changes})
+
+
+@pytest.mark.parametrize("power", [-100, 100])
+def test_magnitudes_whose_squares_float32_does_not_hold_change_the_scales_only(power: int, seed: int) -> None:
+    generator = draw(seed)
+    weight, x = white(8, 21, generator), one_sided(40, 21, generator)
+    _, codes, scales = awq_scales(weight, x, bits=3, group_size=6)
+    found = awq_scales(weight * 2.0**power, x * 2.0**power, bits=3, group_size=6)
+    assert torch.equal(found[1], codes)
+    # As above: s goes through a power and a root.
+    torch.testing.assert_close(found[2], scales * 2.0**power, rtol=2**-22, atol=0)
+
+
+def test_no_result_requires_grad(seed: int) -> None:
+    generator = draw(seed)
+    weight, x = white(4, 12, generator), with_outliers(20, 12, generator)
+    expected = awq_scales(weight, x, bits=3, group_size=4)
+    found = awq_scales(torch.nn.Parameter(weight), x.requires_grad_(), bits=3, group_size=4)
+    assert not any(part.requires_grad for part in found)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def varied(step: str, replaced: Callable[..., Any]) -> Answer:
+    """The small steps, one of them replaced by a function of what it is given."""
+    return lesson.variant(**{step: lambda self, *given: replaced(*given)})
+
+
+def filled(loudness: Tensor, live: Tensor) -> Tensor:
+    """The loudness, and that of the quietest live channel for those that are not."""
+    return torch.where(live, loudness, loudness[live].min() if bool(live.any()) else 1.0)
+
+
+def within(chosen: Callable[[Tensor], Tensor]) -> Answer:
+    """The error on some of the tokens only."""
+    return varied("error", lambda tokens, change, w: float((chosen(tokens) @ change.T).square().sum()))
+
+
+def picked(pick: Callable[[list[float]], int]) -> Answer:
+    """Another choice among the errors."""
+    return varied("best", pick)
+
+
+def better_by(share: float) -> Callable[[list[float]], int]:
+    """The last alpha that was better than the best so far by more than a share of it; below 0, almost as good."""
+
+    def pick(errors: list[float]) -> int:
+        found = 0
+        for index, error in enumerate(errors):
+            if error < errors[found] * (1 - share):
+                found = index
+        return found
+
+    return pick
+
+
+def patient(alphas: int) -> Callable[[list[float]], int]:
+    """The best of the errors before so many in a row were no better."""
+
+    def pick(errors: list[float]) -> int:
+        found = 0
+        for index, error in enumerate(errors):
+            if error < errors[found]:
+                found = index
+            elif index - found == alphas:
+                break
+        return found
+
+    return pick
+
+
+def coarse_first(errors: list[float]) -> int:
+    """The best of every fourth, and then of its neighbours."""
+    found = min(range(0, len(errors), 4), key=errors.__getitem__)
+    return min(range(max(found - 3, 0), min(found + 4, len(errors))), key=errors.__getitem__)
+
+
+def at_most(most: int) -> Answer:
+    """No more steps than so many."""
+    return varied("alphas", lambda steps: [step / min(steps, most) for step in range(min(steps, most) + 1)])
+
+
+def finite(check: Callable[[Tensor], object]) -> Answer:
+    """Another look at NaN and infinities; those that it misses are replaced."""
+
+    def answer(weight: Tensor, x: Tensor, **options: Any) -> Found:
+        if not weight.numel() or not x.numel() or not check(weight) or not check(x):
+            raise ValueError("not finite")
+        return lesson.variant()(weight.nan_to_num(), x.nan_to_num(), **options)
+
+    return answer
+
+
+WRONG: dict[str, Answer] = {
+    "loudness at least 1e-4": varied("dead", lambda m: filled(m, m > 0).clamp_min(1e-4)),
+    "loudness at least 1e-4 of the largest": varied(
+        "dead", lambda m: filled(m, m > 0).clamp_min(m.max() * 1e-4)
+    ),
+    "loudness at least 1e-12": varied("dead", lambda m: filled(m, m > 0).clamp_min(1e-12)),
+    "live above 1e-4": varied("dead", lambda m: filled(m, m > 1e-4)),
+    "live above 1e-12": varied("dead", lambda m: filled(m, m > 1e-12)),
+    "loudness of the first 40 tokens": varied("loudness", lambda tokens, w: tokens[:40].abs().mean(0)),
+    "scales at least 1e-5": varied("usable", lambda scales: scales.clamp_min(1e-5)),
+    "scales at least 1e-12, or 1": varied("usable", lambda scales: torch.where(scales < 1e-12, 1.0, scales)),
+    "errors in float32": picked(lambda errors: int(torch.tensor(errors, dtype=torch.float32).argmin())),
+    "weights in float32": varied("wide", lambda given: given.detach().float().double()),
+    "better by a thousandth": picked(better_by(1e-3)),
+    "better by a millionth": picked(better_by(1e-6)),
+    "worse by less than a thousandth": picked(better_by(-1e-3)),
+    "patience of 2": picked(patient(2)),
+    "patience of 10": picked(patient(10)),
+    "every fourth first": picked(coarse_first),
+    "20 steps at most": at_most(20),
+    "50 steps at most": at_most(50),
+    "the first 64 tokens": within(lambda tokens: tokens[:64]),
+    "the last 64 tokens": within(lambda tokens: tokens[-64:]),
+    "every other token": within(lambda tokens: tokens[::2]),
+    "every other token, from the second": within(
+        lambda tokens: tokens[1:][::2] if len(tokens) > 1 else tokens
+    ),
+    "finite sum": finite(lambda given: given.sum().isfinite()),
+    "not in the first": finite(lambda given: given.flatten()[1:].isfinite().all()),
+    "not in the last": finite(lambda given: given.flatten()[:-1].isfinite().all()),
+    "not below": finite(lambda given: not given.isnan().any() and given.max() < math.inf),
+    "a row at a time": varied(
+        "error",
+        lambda tokens, change, w: sum(float((tokens * row).sum(1).square().sum()) for row in change),
+    ),
+    "a token at a time": varied(
+        "error",
+        lambda tokens, change, w: sum(float((token * change).sum(1).square().sum()) for token in tokens),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_answers_that_are_wrong_in_part_do_not_earn_all_points(name: str, seed: int) -> None:
+    found, runner = exercise.of(awq_scales), judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    assert judging.judge(runner, found, WRONG[name], seed, expected, naming=False).points < found.points

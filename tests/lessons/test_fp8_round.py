@@ -6,14 +6,18 @@ import bisect
 import itertools
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.fp8_round import written
 
-fp8_round = find("fp8_round").reference
+found = find("fp8_round")
+fp8_round = found.reference
 
 
 def decoded(pattern: int) -> float:
@@ -108,6 +112,74 @@ def test_other_dtypes_are_refused_by_name(dtype: torch.dtype) -> None:
 def test_the_argument_stays_as_it_was_whatever_its_strides() -> None:
     x = torch.tensor([[1e9, -0.0, 0.3], [math.nan, 3.3, -7.7]]).T
     before = x.clone()
-    found = fp8_round(x)
+    y = fp8_round(x)
     assert_same_bits(x, before)
-    assert_same_bits(found, x.to(torch.float8_e4m3fn).float().where(x != 1e9, 448.0))
+    assert_same_bits(y, x.to(torch.float8_e4m3fn).float().where(x != 1e9, 448.0))
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Callable[[Tensor], Tensor], seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+RARE: dict[str, Callable[[Tensor], bool]] = {
+    "no dimensions": lambda x: x.dim() == 0,
+    "one dimension": lambda x: x.dim() == 1,
+    "two dimensions": lambda x: x.dim() == 2,
+    "three dimensions": lambda x: x.dim() == 3,
+    "four dimensions": lambda x: x.dim() == 4,
+    "five dimensions": lambda x: x.dim() == 5,
+    "not contiguous": lambda x: not x.is_contiguous(),
+    "one value": lambda x: x.numel() == 1,
+    "no value": lambda x: x.numel() == 0,
+    "few values": lambda x: 0 < x.numel() < 60,
+    "many values": lambda x: x.numel() > 60,
+    "all below the normal numbers": lambda x: x.numel() > 1 and bool((x.abs() < 2**-6).all()),
+    "NaN among them": lambda x: bool(x.isnan().any()),
+    "an infinity among them": lambda x: bool(x.isinf().any()),
+}
+
+
+@pytest.mark.parametrize("branch", RARE)
+def test_the_library_s_cast_in_a_branch_of_its_own_is_counted(branch: str, seed: int) -> None:
+    def answer(x: Tensor) -> Tensor:
+        if x.dtype == torch.float32 and RARE[branch](x):
+            return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float()
+        return written(x)
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize("branch", [name for name in RARE if name != "no value"])
+def test_values_left_as_they_are_in_a_branch_are_not_right(branch: str, seed: int) -> None:
+    def answer(x: Tensor) -> Tensor:
+        return x.clone() if x.dtype == torch.float32 and RARE[branch](x) else written(x)
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float16, torch.bool, torch.int64, torch.uint8, torch.complex64]
+)
+def test_one_more_dtype_that_is_let_through_is_not_right(dtype: torch.dtype, seed: int) -> None:
+    def answer(x: Tensor) -> Tensor:
+        return written(x.abs().float() if x.dtype == dtype else x)
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize("spared", ["no dimensions", "no value"])
+def test_a_dtype_that_is_looked_at_only_later_is_not_right(spared: str, seed: int) -> None:
+    def answer(x: Tensor) -> Tensor:
+        return written(x.abs().float() if RARE[spared](x) else x)
+
+    assert points_of(answer, seed) < found.points
+
+
+def test_a_right_answer_earns_all_points(seed: int) -> None:
+    assert points_of(written, seed) == found.points

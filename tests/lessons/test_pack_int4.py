@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.pack_int4 import variant
 
-pack_int4 = find("pack_int4").reference
+found = find("pack_int4")
+pack_int4 = found.reference
 unpack_int4 = find("unpack_int4").reference
 
 
@@ -71,3 +76,89 @@ def test_the_result_holds_half_a_byte_a_code_and_no_more(seed: int) -> None:
 def test_bad_codes_are_refused_with_what_came(codes: Tensor, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         pack_int4(codes)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Callable[[Tensor], Tensor], seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+LOOKED_AT: dict[str, Callable[[Tensor], Tensor]] = {
+    "first value": lambda codes: codes[:1, :1],
+    "first row": lambda codes: codes[:1],
+    "first column": lambda codes: codes[:, :1],
+    "last row": lambda codes: codes[-1:],
+    "last column": lambda codes: codes[:, -1:],
+    "all rows but the last": lambda codes: codes[: max(1, len(codes) - 1)],
+    "all rows but the first": lambda codes: codes[min(1, len(codes) - 1) :],
+    "even columns": lambda codes: codes[:, ::2],
+    "odd columns": lambda codes: codes[:, 1::2] if codes.shape[1] > 1 else codes,
+    "pairs of columns": lambda codes: codes[:, : max(1, codes.shape[1] // 2 * 2)],
+    "first 512 values": lambda codes: codes.flatten()[:512],
+    "sum of all": lambda codes: codes.sum(dtype=torch.float32) / codes.numel(),
+    "all of the storage": lambda codes: torch.tensor([*codes.untyped_storage()], dtype=torch.uint8).view(
+        torch.int8
+    ),
+}
+
+
+@pytest.mark.parametrize("where", LOOKED_AT)
+def test_bad_codes_looked_for_in_other_places_are_not_right(where: str, seed: int) -> None:
+    def check_values(self: Any, codes: Tensor) -> None:
+        part = LOOKED_AT[where](codes)
+        if part.min() < -8 or part.max() > 7:
+            raise ValueError("values")
+
+    assert points_of(variant(check_values=check_values), seed) < found.points
+
+
+@pytest.mark.parametrize("bounds", [(-9, 7), (-8, 8), (-8, 15), (-8, 126), (-127, 7)])
+def test_a_wider_range_of_codes_is_not_right(bounds: tuple[int, int], seed: int) -> None:
+    def check_values(self: Any, codes: Tensor) -> None:
+        if codes.min() < bounds[0] or codes.max() > bounds[1]:
+            raise ValueError("values")
+
+    assert points_of(variant(check_values=check_values), seed) < found.points
+
+
+@pytest.mark.parametrize(
+    "name", ["bool", "uint8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+)
+def test_one_more_dtype_that_is_let_through_is_not_right(name: str, seed: int) -> None:
+    def answer(codes: Tensor) -> Tensor:
+        return variant()(codes.to(torch.int8) if codes.dtype == getattr(torch, name) else codes)
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize("let_through", [0, 1, 3, 4, 5])
+def test_other_dimensions_that_are_let_through_are_not_right(let_through: int, seed: int) -> None:
+    def answer(codes: Tensor) -> Tensor:
+        if codes.dim() != let_through or codes.numel() == 0:
+            return variant()(codes)
+        return variant()(codes.reshape(-1, codes.shape[-1] if codes.dim() else 1))
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize("parity", [0, 1])
+def test_memory_that_is_kept_for_one_parity_of_the_width_costs_points(parity: int, seed: int) -> None:
+    def view(codes: Tensor) -> Tensor:
+        packed = variant()(codes)
+        return packed.repeat(1, 2)[:, : packed.shape[1]] if codes.shape[1] % 2 == parity else packed
+
+    def wide(codes: Tensor) -> Tensor:
+        packed = variant()(codes)
+        return packed.int().to(torch.uint8) if codes.shape[1] % 2 == parity else packed
+
+    assert points_of(view, seed) < found.points
+    assert points_of(wide, seed) < found.points
+
+
+def test_a_right_answer_in_small_steps_earns_all_points(seed: int) -> None:
+    assert points_of(variant(), seed) == found.points

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmcourse.exercise import find
+from llmcourse import exercise, judging
+from llmcourse.lessons.quantization import quantize_groups as lesson
+from llmcourse.lessons.quantization.quantize_groups import quantize_groups
 
-quantize_groups = find("quantize_groups").reference
+Answer = Callable[..., tuple[Tensor, Tensor]]
 
 
 def by_fractions(
@@ -131,3 +134,108 @@ def test_groups_of_zeros_and_below_the_smallest_normal_scale_get_scale_1() -> No
 def test_bad_input_is_refused_with_what_came(weight: Tensor, bits: int, group_size: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         quantize_groups(weight, bits=bits, group_size=group_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_parameter_gives_what_its_values_give_and_nothing_that_requires_grad(
+    dtype: torch.dtype, seed: int
+) -> None:
+    weight = torch.randn(5, 9, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    found = quantize_groups(torch.nn.Parameter(weight), bits=4, group_size=4)
+    expected = quantize_groups(weight, bits=4, group_size=4)
+    assert not any(part.requires_grad for part in found)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_numbers_of_a_dtype_are_finite_weights(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    codes, scales = quantize_groups(torch.tensor([[largest, -largest]], dtype=dtype), bits=2, group_size=2)
+    assert codes.tolist() == [[1, -1]] and scales.tolist() == [[largest]]
+
+
+def holding(finite: Callable[[Tensor], object]) -> Answer:
+    """The small steps with another look at NaN and infinities."""
+
+    def check_values(self: object, weight: Tensor) -> None:
+        if not finite(weight):
+            raise ValueError("not finite")
+
+    return lesson.variant(check_values=check_values)
+
+
+def floored(usable: Callable[[Tensor], Tensor]) -> Answer:
+    """The small steps with another scale for small groups."""
+    return lesson.variant(usable=lambda self, scales: usable(scales))
+
+
+def divided_in(narrow: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+    """Scales in float32, and codes from (weight, scale of each) in something narrower."""
+
+    def answer(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+        codes, scales = lesson.variant()(weight, bits=bits, group_size=group_size)
+        each = scales.repeat_interleave(min(group_size, weight.shape[1]), 1)[:, : weight.shape[1]]
+        return narrow(weight.detach(), each).round().clamp(-127, 127).to(torch.int8), scales
+
+    return answer
+
+
+def without(lost: Callable[[Tensor], bool]) -> Answer:
+    """Zeros for the weights that are of this kind."""
+
+    def answer(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+        codes, scales = lesson.variant()(weight, bits=bits, group_size=group_size)
+        return (codes * 0, scales) if lost(weight) else (codes, scales)
+
+    return answer
+
+
+def through(dtype: torch.dtype, of: torch.dtype) -> Answer:
+    """Weights of one dtype rounded to another."""
+    return lesson.variant(
+        wide=lambda self, weight: (weight.to(dtype) if weight.dtype is of else weight).detach().float()
+    )
+
+
+WRONG: dict[str, Answer] = {
+    "codes in the weight's dtype": divided_in(lambda weight, each: weight / each.to(weight.dtype)),
+    "quotients in the weight's dtype": divided_in(lambda weight, each: (weight / each).to(weight.dtype)),
+    "quotients to a tenth first": divided_in(lambda weight, each: (weight / each * 10).round() / 10),
+    "quotients to a hundredth first": divided_in(lambda weight, each: (weight / each * 100).round() / 100),
+    "float16 through bfloat16": through(torch.bfloat16, torch.float16),
+    "bfloat16 through float16": through(torch.float16, torch.bfloat16),
+    "float32 through bfloat16": through(torch.bfloat16, torch.float32),
+    "sum in float32": holding(lambda weight: weight.float().sum().isfinite()),
+    "mean": holding(lambda weight: weight.mean().isfinite()),
+    "sum of squares": holding(lambda weight: weight.float().square().sum().isfinite()),
+    "norm": holding(lambda weight: weight.norm().isfinite()),
+    "range": holding(lambda weight: (weight.max() - weight.min()).isfinite()),
+    "an infinite sum": holding(lambda weight: not weight.isnan().any() and not weight.sum().isinf()),
+    "the largest number refused": holding(
+        lambda weight: (weight.abs() < torch.finfo(weight.dtype).max).all()
+    ),
+    "a limit": holding(lambda weight: (weight.float().abs() < 1e30).all()),
+    "in float16": holding(lambda weight: weight.half().isfinite().all()),
+    "not below": holding(lambda weight: not weight.isnan().any() and weight.max() < math.inf),
+    "not above": holding(lambda weight: not weight.isnan().any() and weight.min() > -math.inf),
+    "not in the first": holding(lambda weight: weight.flatten()[1:].isfinite().all()),
+    "not in the last": holding(lambda weight: weight.flatten()[:-1].isfinite().all()),
+    "the ends only": holding(lambda weight: weight.flatten()[[0, -1]].isfinite().all()),
+    "all scales at least 1e-12": floored(lambda scales: scales.clamp_min(1e-12)),
+    "all scales at least 1e-30": floored(lambda scales: scales.clamp_min(1e-30)),
+    "all scales at least 2**-126": floored(lambda scales: scales.clamp_min(2**-126)),
+    "1 for 2**-126": floored(lambda scales: torch.where(scales <= 2**-126, 1.0, scales)),
+    "1 for large scales": floored(
+        lambda scales: torch.where((scales < 2**-126) | (scales > 1e4), 1.0, scales)
+    ),
+    "one column": without(lambda weight: weight.shape[1] == 1),
+    "one row": without(lambda weight: weight.shape[0] == 1),
+    "a parameter": without(lambda weight: weight.requires_grad),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_answers_that_are_wrong_at_an_end_do_not_earn_all_points(name: str, seed: int) -> None:
+    found, runner = exercise.of(quantize_groups), judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    assert judging.judge(runner, found, WRONG[name], seed, expected, naming=False).points < found.points

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.unpack_int4 import variant
 
-unpack_int4 = find("unpack_int4").reference
+found = find("unpack_int4")
+unpack_int4 = found.reference
 pack_int4 = find("pack_int4").reference
 
 
@@ -22,10 +28,10 @@ def test_codes_are_the_digits_of_a_row_read_as_one_integer(size: int, seed: int)
     packed = drawn(seed, 5, -(-size // 2))
     codes = unpack_int4(packed, size)
     assert (codes.dtype, codes.shape) == (torch.int8, (5, size))
-    for row, found in zip(packed.tolist(), codes.tolist(), strict=True):
+    for row, unpacked in zip(packed.tolist(), codes.tolist(), strict=True):
         number = int.from_bytes(bytes(row), "little")
         digits = [number >> 4 * place & 15 for place in range(size)]
-        assert found == [digit - 16 if digit > 7 else digit for digit in digits]
+        assert unpacked == [digit - 16 if digit > 7 else digit for digit in digits]
 
 
 def test_every_byte_comes_back_from_its_codes() -> None:
@@ -72,3 +78,80 @@ def test_a_view_gives_what_its_copy_gives(seed: int) -> None:
 def test_bad_input_is_refused_with_what_came(packed: Tensor, size: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         unpack_int4(packed, size)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Callable[[Tensor, int], Tensor], seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+@pytest.mark.parametrize(
+    "name", ["bool", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"]
+)
+def test_one_more_dtype_that_is_let_through_is_not_right(name: str, seed: int) -> None:
+    def answer(packed: Tensor, size: int) -> Tensor:
+        return variant()(packed.to(torch.uint8) if packed.dtype == getattr(torch, name) else packed, size)
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize("let_through", [0, 1, 3, 4, 5])
+def test_other_dimensions_that_are_let_through_are_not_right(let_through: int, seed: int) -> None:
+    def answer(packed: Tensor, size: int) -> Tensor:
+        if packed.dim() != let_through or packed.numel() == 0:
+            return variant()(packed, size)
+        return variant()(packed.reshape(-1, packed.shape[-1] if packed.dim() else 1), size)
+
+    assert points_of(answer, seed) < found.points
+
+
+@pytest.mark.parametrize("shape", [(0, 2), (2, 0)])
+def test_one_kind_of_nothing_that_is_let_through_is_not_right(shape: tuple[int, int], seed: int) -> None:
+    def answer(packed: Tensor, size: int) -> Tensor:
+        if packed.shape == shape and packed.dtype == torch.uint8:
+            return torch.zeros(len(packed), max(0, size), dtype=torch.int8)
+        return variant()(packed, size)
+
+    assert points_of(answer, seed) < found.points
+
+
+FITTING: dict[str, Callable[[int, int], bool]] = {
+    "bytes missing": lambda size, room: size <= room,
+    "bytes left over": lambda size, room: size >= room - 1,
+    "one code too many": lambda size, room: size in (room - 1, room, room + 1),
+    "two codes too few": lambda size, room: size in (room - 2, room - 1, room),
+    "none": lambda size, room: size in (0, room - 1, room),
+    "as many as there are bytes": lambda size, room: size in (room // 2, room - 1, room),
+    "magnitudes": lambda size, room: abs(size) in (room - 1, room),
+    "multiples": lambda size, room: size > 0 and size % room in (0, room - 1),
+}
+
+
+@pytest.mark.parametrize("kind", FITTING)
+def test_a_size_that_is_looked_at_less_closely_is_not_right(kind: str, seed: int) -> None:
+    def check_size(self: Any, packed: Tensor, size: int) -> None:
+        if not FITTING[kind](size, 2 * packed.shape[1]):
+            raise ValueError("size")
+
+    def cut(self: Any, codes: Tensor, size: int) -> Tensor:
+        return codes[:, : abs(size)]
+
+    assert points_of(variant(check_size=check_size, cut=cut), seed) < found.points
+
+
+def test_an_answer_that_refuses_what_lies_behind_an_odd_row_is_not_right(seed: int) -> None:
+    def answer(packed: Tensor, size: int) -> Tensor:
+        if size % 2 and packed.dim() == 2 and packed.dtype == torch.uint8 and (packed[:, -1:] >> 4).any():
+            raise ValueError("bits behind the last code")
+        return variant()(packed, size)
+
+    assert points_of(answer, seed) < found.points
+
+
+def test_a_right_answer_in_small_steps_earns_all_points(seed: int) -> None:
+    assert points_of(variant(), seed) == found.points

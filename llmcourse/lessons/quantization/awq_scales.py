@@ -33,8 +33,9 @@ def awq_scales(
     of the output; about 25 lines.
 
     weight [N, K], x [T, K]: a layer [out, in] and the inputs it was calibrated with, of
-    any float dtypes. The layer that runs afterwards is (x / s) @ (codes * scales).T,
-    and its output is to be near x @ weight.T.
+    any float dtypes of 16 bits or more; both may require grad, but no result does. The
+    layer that runs afterwards is (x / s) @ (codes * scales).T, and its output is to be
+    near x @ weight.T.
 
     For each alpha = 0, 1/steps, 2/steps .. 1 let s = m^alpha, where m [K] is the mean
     of |x| over the tokens, a channel that is always zero counts as the quietest one
@@ -46,14 +47,16 @@ def awq_scales(
     (torch.round).
 
     Of all alphas take the one with the least sum of squares of what the layer's outputs
-    on x change by; the smallest such alpha on a tie. Calculate in float64, apart from s
-    and scales. Returns (s float32 [K], codes int8 [N, K], scales float32 [N, ceil(K /
-    group_size)]) of that alpha.
+    on x change by; the smallest such alpha on a tie. Calculate in float64, and round s
+    and scales alone to float32. Returns (s float32 [K], codes int8 [N, K], scales
+    float32 [N, ceil(K / group_size)]) of that alpha.
 
-    Multiplications beyond those of steps + 2 products of x with a matrix [K, N] cost
-    points. ValueError for bits outside 2..8, group_size or steps below 1, a weight or x
-    that is not a matrix, that is empty or holds NaN or infinity, or when their K
-    differ.
+    Costs (a sixth of the points): the FLOPs of steps + 2 products of x with a matrix [K,
+    N]. Elementwise products are not among these; so all tensors made for an alpha may
+    together take no more memory than T / 2 float64 matrices [N, K].
+
+    ValueError for bits outside 2..8, group_size or steps below 1, a weight or x that is
+    not a matrix, that is empty or holds NaN or infinity, or when their K differ.
 
     Lin et al. 2023 (arXiv 2306.00978), eq. 4-5.
     """
@@ -68,7 +71,7 @@ def awq_scales(
         )
     if not (weight.isfinite().all() and x.isfinite().all()):
         raise ValueError("NaN or infinity in weight or x; expected finite values")
-    w, tokens = weight.double(), x.double()
+    w, tokens = weight.detach().double(), x.detach().double()
     loudness = tokens.abs().mean(0)
     live = loudness[loudness > 0]
     loudness = loudness.clamp(live.min()) if len(live) else torch.ones_like(loudness)
@@ -137,28 +140,81 @@ def correlated_inputs(answer, rng):
     return {**found, "row": answer(rng.normal(9, channels), x, bits=4, group_size=channels, steps=6)}
 
 
+def planted(rng: Rng, steps: int, at: int, bits: int, *, quiet: float) -> tuple[Tensor, Tensor]:
+    """A layer and its inputs for groups of 5, of which only alpha = at / steps leaves no error."""
+    rows, groups, top = rng.integer(9, 12), 4, 2 ** (bits - 1) - 1
+    loud = 2 ** rng.uniform(-3, 3, groups * 5, dtype=torch.float64)
+    loud[:3] = loud.min() * quiet
+    s = loud ** (at / steps)
+    s = (s / (s.max() * s.min()).sqrt()).float()
+    codes = rng.integers(-top, top, rows, groups, 5)
+    codes[:, :, rng.integer(0, 4)] = top
+    x = loud * (rng.integers(0, 1, 12, len(loud)) * 2 - 1)
+    x[:, 1:3] = 0  # silent, and so as loud as the quietest
+    return (codes * rng.uniform(0.5, 2, rows, groups, 1)).flatten(1) / s, x.float()
+
+
 @case(awq_scales)
 def all_the_way_or_not_at_all(answer, rng):
-    """Weights that are small where inputs are loud, and weights that are large there."""
+    """Weights that are small where inputs are loud, ones that are large there, and ones in between."""
     rows, channels = rng.integer(9, 12), rng.integer(18, 22)
     loud = 2 ** rng.uniform(-4, 4, channels)
     x, signs = rng.normal(40, channels) * loud, rng.uniform(0.8, 1, rows, channels)
     signs *= rng.integers(0, 1, rows, channels) * 2 - 1
+    # Between 0 and 1 no multiple of 1/61 is one of anything coarser.
+    between = planted(rng, 61, rng.integer(20, 50), 4, quiet=0.5)
     return {
         "against": answer(signs / loud**1.5, x, bits=6, group_size=channels, steps=9),
         "along": answer(signs * loud, x, bits=4, group_size=channels, steps=9),
+        "between": answer(*between, bits=4, group_size=5, steps=61),
+    }
+
+
+def balanced(rng: Rng, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A layer, for 4 bits and groups of two, that alpha = 0 and 1 leave the same error but for `factor`; others more.
+
+    Inputs of a group are as loud as 8 : 2, and s is 2^alpha, 2^-alpha. A group (1/4, 7) has its first weight rounded to
+    0 before s^2 is 2, so an error of 8 * 1/4, and none where s^2 is 4. A group (7, 1) has none at 0, and 2 * 1 once its
+    second weight is rounded to 0. One of the kinds is enlarged by the factor: the first, where that is above 1.
+    """
+    first, pairs = rng.integers(0, 1, 4, 3, 1), rng.integers(0, 1, 8, 3, 2) * 2 - 1
+    kinds = torch.cat([first, 1 - first]).double()
+    early = kinds * max(factor, 1.0) * torch.tensor([0.25, 7])
+    late = (1 - kinds) / min(factor, 1.0) * torch.tensor([7.0, 1])
+    x = torch.diag(torch.tensor([8.0, 2] * 3))
+    return ((early + late) * pairs).flatten(1).to(dtype), x
+
+
+@case(awq_scales)
+def won_by_little(answer, rng):
+    """The first alpha and the last are almost as good as each other, those between worse; few tokens are not 0."""
+    # A prime number of steps: a coarser grid that begins at 0 does not reach 1.
+    silent, steps = torch.zeros(2 * rng.integer(50, 70), 6), rng.choice([23, 29])
+    options = {"bits": 4, "group_size": 2, "steps": steps}
+    last, late = balanced(rng, 1 + 2**-12, torch.float32)
+    first, also_late = balanced(rng, 1 / (1 + 2**-12), torch.float32)
+    exact, early = balanced(rng, 1 + 2**-30, torch.float64)
+    return {
+        "last": answer(last, torch.cat([silent, late]), **options),
+        "first": answer(first, torch.cat([silent, also_late]), **options),
+        "in float64": answer(exact, torch.cat([early, silent]), **options),
     }
 
 
 @case(awq_scales)
-def zeros(answer, rng):
-    """Channels that are silent in every token, rows and groups that are zero, and nothing but zeros."""
+def zeros_and_units(answer, rng):
+    """Channels that are silent or almost so, rows and groups of zeros, nothing but zeros, in units of any size."""
     rows, channels = rng.integer(9, 12), 20
     weight, x = rng.normal(rows, channels), rng.normal(40, channels) * loudness(rng, channels, 2)
     weight[1] = 0
     weight[2, 5:10] = 0
     x[:, rng.integer(0, 9)] = x[:, rng.integer(10, 19)] = 0
+    found = {}
+    for power in (-90, 0, 90):
+        w, inputs = planted(rng, 7, rng.integer(3, 5), 3, quiet=2**-12)
+        found[f"2^{power}"] = answer(w * 2.0**power, inputs * 2.0**power, bits=3, group_size=5, steps=7)
     return {
+        **found,
         "dead": answer(weight, x, bits=3, group_size=5),
         "silent": answer(weight, torch.zeros_like(x), bits=4, group_size=6, steps=2),
         "no weights": answer(torch.zeros_like(weight), x, bits=4, group_size=6, steps=3),
@@ -167,28 +223,35 @@ def zeros(answer, rng):
 
 @case(awq_scales)
 def the_fewest_and_the_most(answer, rng):
-    """2 and 8 bits, one step, one token, one row, groups of one column and wider than the layer; ties."""
+    """2 and 8 bits, one step, token, row, groups of one column and wider than the layer; ties; large numbers."""
     channels = rng.integer(11, 15)
     weight, x = rng.normal(8, channels), rng.normal(40, channels) * loudness(rng, channels, 2)
     # All inputs are equally loud, so s is 1; the largest weight is 7/8, so a scale is 1/8 and halves of it are ties.
     ties = rng.integers(-13, 13, 8, channels) / 16
     ties[:, 0] = 7 / 8
+    large = 2.0**124 * ties.abs().clamp_min(0.25)
     return {
         "2 bits": answer(weight, x, bits=2, group_size=channels + 3, steps=1),
         "8 bits": answer(weight[:1], x, bits=8, group_size=6, steps=5),
         "one token": answer(weight, x[:1], bits=3, group_size=channels, steps=3),
         "one column": answer(weight, x.sign(), bits=5, group_size=1, steps=1),
+        "large": answer(large, torch.full((3, channels), 2.0**126), bits=4, group_size=channels, steps=1),
         "ties": answer(ties, torch.ones(1, channels), bits=4, group_size=channels, steps=1),
     }
 
 
 @case(awq_scales)
 def other_layouts(answer, rng):
-    """A transposed weight and every other token of a buffer; bfloat16; float64 that must stay as it is."""
+    """A transposed weight and every other token of a buffer; bfloat16; float64, not to be changed; gradients."""
     rows, channels = rng.integer(9, 12), rng.integer(17, 20)
     weight = rng.normal(channels, rows).T
     x = rng.normal(80, channels) * loudness(rng, channels, 2)
+    found = answer(
+        torch.nn.Parameter(weight.clone()), x.clone().requires_grad_(), bits=3, group_size=7, steps=4
+    )
     return {
+        "parameter": found,
+        "requires grad": [part.requires_grad for part in found if isinstance(part, Tensor)],
         "views": answer(weight, x[::2], bits=3, group_size=7, steps=8),
         "bfloat16": answer(weight.bfloat16(), x.bfloat16(), bits=4, group_size=channels, steps=8),
         "float64": answer(weight.double(), x.double(), bits=3, group_size=channels, steps=8),
@@ -201,10 +264,6 @@ def refusals(answer, rng):
     channels = rng.integer(9, 12)
     weight, x = rng.normal(6, channels), rng.normal(30, channels) * loudness(rng, channels, 1)
     options = {"bits": rng.integer(3, 4), "group_size": rng.integer(3, 5)}
-    broken = weight.clone()
-    broken[rng.integer(0, 5), rng.integer(0, 8)] = rng.choice([math.nan, math.inf, -math.inf])
-    loud = x.clone()
-    loud[rng.integer(0, 29), rng.integer(0, 8)] = rng.choice([math.nan, math.inf])
     tried: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
         "1 bit": (weight, x, {"bits": 1}),
         "9 bits": (weight, x, {"bits": 9}),
@@ -212,8 +271,6 @@ def refusals(answer, rng):
         "groups of less": (weight, x, {"group_size": -1}),
         "no steps": (weight, x, {"steps": 0}),
         "steps back": (weight, x, {"steps": -1}),
-        "weight not finite": (broken, x, {}),
-        "x not finite": (weight, loud, {}),
         "another K": (weight, x[:, 1:], {}),
         "vectors": (weight[0], x[0], {}),
         "x of three axes": (weight, x[None], {}),
@@ -221,18 +278,30 @@ def refusals(answer, rng):
         "no tokens": (weight, x[:0], {}),
         "no columns": (weight[:, :0], x[:, :0], {}),
     }
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, rng.integer(1, 6 * channels - 2), -1):
+            w, t = weight.clone(), x.clone()
+            w.view(-1)[place] = t.view(-1)[place] = value
+            tried |= {
+                f"{value} in weight at {place}": (w, x, {}),
+                f"{value} in x at {place}": (weight, t, {}),
+            }
     found = {name: raised(answer, w, t, **{**options, **more}) for name, (w, t, more) in tried.items()}
     return {**found, "quantized": answer(weight, x, **options)}
 
 
 @cost(awq_scales, share=1 / 6)
 def products(answer, rng):
-    """Multiplications and additions in matrix products."""
-    rows, channels, tokens, steps = 16, 24, 40, 6
+    """Multiplications and additions in matrix products, and the memory of all tensors that are made."""
+    rows, channels, tokens, steps = 64, 64, 128, 6
     weight, x = rng.normal(rows, channels), rng.normal(tokens, channels) * loudness(rng, channels, 2)
     with TensorWork() as work:
-        answer(weight, x, bits=4, group_size=8, steps=steps)
-    return {"FLOPs": (work.flops, (steps + 2) * 2 * rows * channels * tokens)}
+        found = answer(weight, x, bits=4, group_size=8, steps=steps)
+    return {
+        "observed": found,
+        "FLOPs": (work.flops, (steps + 2) * 2 * rows * channels * tokens),
+        "allocated bytes": (work.allocated_bytes, (steps + 1) * tokens // 2 * 8 * rows * channels),
+    }
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -240,6 +309,9 @@ def products(answer, rng):
 
 class Search:
     """A right answer in small steps; a mistake replaces some of them."""
+
+    def wide(self, given: Tensor) -> Tensor:
+        return given.detach().double()
 
     def loudness(self, tokens: Tensor, w: Tensor) -> Tensor:
         return tokens.abs().mean(0)
@@ -267,6 +339,9 @@ class Search:
         short = -scaled.shape[1] % group_size
         return torch.nn.functional.pad(scaled.abs(), (0, short)).unflatten(1, (-1, group_size)).amax(2)
 
+    def usable(self, scales: Tensor) -> Tensor:
+        return torch.where(scales > 0, scales, 1.0)
+
     def code(self, values: Tensor) -> Tensor:
         return values.round()
 
@@ -281,17 +356,17 @@ class Search:
 
     def search(self, weight: Tensor, x: Tensor, *, bits: int, group_size: int, steps: int = 20) -> Searched:
         check(weight, x, bits, group_size, steps)
-        w, tokens, at = weight.double(), x.double(), torch.arange(weight.shape[1]) // group_size
+        w, tokens, at = self.wide(weight), self.wide(x), torch.arange(weight.shape[1]) // group_size
         loudness = self.dead(self.loudness(tokens, w))
         errors, tried = [], []
         for alpha in self.alphas(steps):
             s = self.enlarge(loudness, alpha, w).float()
-            scaled = self.scaled(w, s.double())
+            scaled = self.scaled(w, s.to(w.dtype))
             ranges = self.ranges(w, scaled, group_size)
-            scales = torch.where(ranges > 0, ranges / self.top(bits), 1.0).float()
-            wide = scales[:, at].double()
+            scales = self.usable(ranges / self.top(bits)).float()
+            wide = scales[:, at].to(w.dtype)
             codes = self.code(scaled / wide)
-            errors.append(self.error(tokens, self.restored(codes * wide, s.double()) - w, w))
+            errors.append(self.error(tokens, self.restored(codes * wide, s.to(w.dtype)) - w, w))
             tried.append((s, codes.to(torch.int8), scales))
         return tried[self.best(errors)]
 
@@ -429,6 +504,64 @@ def dead_channels_forgotten(*arguments, **options):
 )
 def dead_channels_at_a_constant(*arguments, **options):
     return variant(dead=lambda self, loudness: loudness.clamp_min(1e-4))(*arguments, **options)
+
+
+@mistake(
+    awq_scales, "Calculates in float32: the last digits decide, and squares of small outputs are 0 there."
+)
+def in_float32(*arguments, **options):
+    return variant(wide=lambda self, given: given.detach().float())(*arguments, **options)
+
+
+@mistake(awq_scales, "Holds all scales above 1e-5: groups of small weights become zeros.")
+def scales_held_up(*arguments, **options):
+    return variant(usable=lambda self, scales: torch.where(scales > 0, scales.clamp_min(1e-5), 1.0))(
+        *arguments, **options
+    )
+
+
+@mistake(awq_scales, "Measures the error on the first 40 tokens only, to save time.")
+def first_tokens_only(*arguments, **options):
+    def error(self, tokens, change, w):
+        return Search.error(self, tokens[:40], change, w)
+
+    return variant(error=error)(*arguments, **options)
+
+
+@mistake(
+    awq_scales,
+    "Stops once four alphas in a row were no better than the best: the error can rise and fall again.",
+)
+def stopped_early(*arguments, **options):
+    def best(self, errors):
+        found = 0
+        for index, error in enumerate(errors):
+            if error < errors[found]:
+                found = index
+            elif index - found == 4:
+                break
+        return found
+
+    return variant(best=best)(*arguments, **options)
+
+
+@mistake(
+    awq_scales,
+    "Multiplies x and the weights elementwise and adds up, with a tensor [T, N, K], where a matrix product does it.",
+)
+def product_by_broadcasting(*arguments, **options):
+    def error(self, tokens, change, w):
+        return float((tokens.unsqueeze(1) * change).sum(2).square().sum())
+
+    return variant(error=error)(*arguments, **options)
+
+
+@mistake(
+    awq_scales,
+    "Leaves weight and x in autograd: s and scales require grad, and keep all that they were made from.",
+)
+def gradient_kept(*arguments, **options):
+    return variant(wide=lambda self, given: given.double())(*arguments, **options)
 
 
 @mistake(

@@ -23,8 +23,8 @@ def fp8_round(x: Tensor) -> Tensor:
     """Each value of x rounded to the nearest number of FP8 E4M3 ("e4m3fn"), still held
     as float32; about 7 lines.
 
-    x float32 of any shape and strides, empty or without dimensions too -> float32 of
-    x's shape. x is not changed.
+    x float32 of any number of dimensions (none too), any size (empty too) and any
+    strides -> float32 of x's shape. x is not changed.
 
     The byte has a sign, 4 bits of exponent with bias 7 and 3 bits of mantissa. It has
     no infinity: the highest exponent holds numbers as the others do, but for its last
@@ -79,6 +79,19 @@ def rounded(answer, x):
     with Float8Seen() as seen:
         y = answer(x)
     return {"x": x, "y": y, "float8": seen.operations}
+
+
+def each_exactly(observed, expected):
+    """None, or the first part that differs: what `rounded` gave, or a refusal."""
+    for name, right in expected.items():
+        found = observed[name]
+        if isinstance(right, str):
+            reason = None if found == right else f"expected {right}, found {found}"
+        else:
+            reason = exactly(found, right)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
 
 
 def exactly(observed, expected):
@@ -151,21 +164,33 @@ def every_bfloat16(answer, rng):
     return rounded(answer, x.reshape(256, 256))
 
 
-@case(fp8_round)
+@case(fp8_round, judge=each_exactly)
 def other_shapes_and_strides(answer, rng):
-    """A transposed view, every other column, one value without dimensions, and no value at all."""
+    """None to five dimensions, without values too, and views: transposed, permuted, cut out, expanded."""
     x = 3 * rng.normal(rng.integer(3, 9), 2 * rng.integer(5, 9))
-    found = {"transposed": x.T, "every other": x[:, ::2], "one": x[0, 0], "none": x[:, :0]}
-    return {name: answer(part) for name, part in found.items()}
+    cube, least = 3 * rng.normal(rng.integer(2, 3), rng.integer(2, 4), rng.integer(3, 5)), 2.0**-9
+    found = {"transposed": x.T, "every other": x[:, ::2], "expanded": x[:1].expand(3, -1)}
+    found["three dimensions"], found["three dimensions, permuted"] = cube, cube.permute(2, 0, 1)
+    found["four dimensions"], found["five dimensions"] = cube[:, None], cube[:, :, None, None]
+    ties = torch.tensor([1.0625, -1.1875, least / 2, -1.5 * least, torch.nan, torch.inf, -torch.inf, -0.0])
+    for place, one in enumerate([*ties, x[0, 0], x[1, 1]]):
+        found[f"no dimensions, {place}"] = one
+    for empty in (x[:0, 0], x[:, :0], cube[:0], cube[:, :0]):
+        found[f"empty {list(empty.shape)}"] = empty
+    return {name: rounded(answer, part) for name, part in found.items()}
 
 
-@case(fp8_round)
+@case(fp8_round, judge=each_exactly)
 def other_dtypes(answer, rng):
-    """What comes as float64, bfloat16, float16 or integers, beside float32."""
+    """What comes as any other dtype, without dimensions and without values too, beside float32."""
     x = 10 * rng.normal(5, 7)
-    dtypes = rng.shuffled([torch.float64, torch.bfloat16, torch.float16, torch.int32])
-    found = {str(dtype): raised(answer, x.to(dtype)) for dtype in dtypes}
-    return {"float32": answer(x), **dict(sorted(found.items()))}
+    dtypes = [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.complex64, torch.bool]
+    dtypes += [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64]
+    found = {"float32": rounded(answer, x)}
+    for dtype in dtypes:
+        for part in (x, x[0, 0], x[:0]):
+            found[f"{dtype} {list(part.shape)}"] = raised(answer, part.to(dtype))
+    return found
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives

@@ -35,8 +35,7 @@ def pack_int4(codes: Tensor) -> Tensor:
     have no values, or have one outside -8 .. 7.
 
     Costs (a sixth of the points): the result's memory (its storage) is exactly N *
-    ceil(K / 2) bytes, and no tensor made on the way is larger than N * K bytes (for an
-    even K).
+    ceil(K / 2) bytes, and no tensor made on the way is larger than two such results.
     """
     ### BEGIN SOLUTION
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.numel() == 0:
@@ -96,37 +95,56 @@ def views(answer, rng):
         "transposed square": answer(drawn(rng, 6, 6).T),
         "every other": answer(wide[::3, 1::2]),
         "one row, repeated": answer(codes[:1].expand(4, -1)),
+        "among other numbers": answer(surrounded(codes)),
     }
+
+
+def surrounded(codes):
+    """The codes as a view of something larger, whose other values are none."""
+    around = torch.full((3 * codes.shape[0], 3 * codes.shape[1]), 100, dtype=torch.int8)
+    view = around[1::3, 1::3]
+    view.copy_(codes)
+    return view
 
 
 @case(pack_int4)
 def refusals(answer, rng):
-    """Codes that 4 bits do not hold, other dtypes and shapes, beside codes as they should be."""
-    codes = drawn(rng, rng.integer(3, 5), rng.integer(4, 9))
-    found: dict[str, Any] = {"as they should be": answer(codes)}
-    for value in (-128, -9, 8, 15, 127):
-        wrong = codes.clone()
-        wrong[rng.integer(0, 2), rng.integer(0, 3)] = value
-        found[f"a code of {value}"] = raised(answer, wrong)
-    for dtype in (torch.int16, torch.int32, torch.int64, torch.float32):
-        found[str(dtype)] = raised(answer, codes.to(dtype))
-    found["bytes"] = raised(answer, codes.clamp_min(0).to(torch.uint8))
-    for shape in ((0, 4), (3, 0), (8,), (2, 2, 4)):
+    """One code that 4 bits do not hold, wherever it is; other dtypes and dimensions; beside codes as they should be."""
+    rows, found = rng.integer(20, 30), {}
+    for columns in (32, 33):
+        codes = drawn(rng, rows, columns)
+        found[f"{columns} columns"] = answer(codes)
+        places = {"first": 0, "within": rng.integer(1, codes.numel() - 2), "last": codes.numel() - 1}
+        places |= {"first row's last": columns - 1, "last row's first": codes.numel() - columns}
+        for where, place in places.items():
+            for value in (-128, -9, 8, 15, 127):
+                wrong = codes.clone()
+                wrong.view(-1)[place] = value
+                found[f"{columns} columns, {value} as the {where}"] = raised(answer, wrong)
+    floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    for dtype in (torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, *floats):
+        found[str(dtype)] = raised(answer, codes.clamp_min(0).to(dtype))
+    for shape in ((0, 4), (3, 0), (0, 0), (), (8,), (2, 2, 4), (2, 3, 2, 4), (1, 1, 1, 1, 2)):
         found[str(shape)] = raised(answer, torch.zeros(shape, dtype=torch.int8))
     return found
 
 
 @cost(pack_int4, share=1 / 6)
 def half_a_byte_each(answer, rng):
-    """Codes of 32 x 64: the memory of the result, and the largest tensor made."""
-    codes = drawn(rng, 32, 64)
-    with TensorWork() as work:
-        packed = answer(codes)
-    return {
-        "observed": packed,
-        "memory of the result, bytes": (packed.untyped_storage().nbytes(), codes.numel() // 2),
-        "largest tensor, bytes": (work.largest_tensor_bytes, codes.numel()),
+    """Codes of 32 x 64, 32 x 63 and transposed: the memory of the result, and the largest tensor made."""
+    given = {
+        "64 columns": drawn(rng, 32, 64),
+        "63 columns": drawn(rng, 32, 63),
+        "transposed": drawn(rng, 64, 32).T,
     }
+    observed, counted = {}, {}
+    for name, codes in given.items():
+        with TensorWork() as work:
+            packed = observed[name] = answer(codes)
+        result_bytes = codes.shape[0] * -(-codes.shape[1] // 2)
+        counted[f"memory of the result, bytes, {name}"] = packed.untyped_storage().nbytes(), result_bytes
+        counted[f"largest tensor, bytes, {name}"] = work.largest_tensor_bytes, 2 * result_bytes
+    return {"observed": observed, **counted}
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives

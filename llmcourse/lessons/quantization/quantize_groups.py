@@ -29,11 +29,12 @@ def quantize_groups(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tens
     """Symmetric integer codes of a weight, with a scale for each run of `group_size`
     inputs of a row; about 10 lines.
 
-    weight [N, K] = [outputs, inputs], of any floating dtype of at most 32 bits and any
-    strides. A row is divided into groups of group_size columns, from the first column
-    on; the last group is short where group_size does not divide K, and the only one
-    where group_size > K. Returns (codes, scales): codes [N, K] int8, scales [N, groups]
-    float32, groups = ceil(K / group_size).
+    weight [N, K] = [outputs, inputs]: float32, bfloat16 or float16, of any strides and
+    any finite values; it may be an nn.Parameter, but no result requires grad. A row is
+    divided into groups of group_size columns, from the first column on; the last group
+    is short where group_size does not divide K, and the only one where group_size > K.
+    Returns (codes, scales): codes [N, K] int8, scales [N, groups] float32, groups =
+    ceil(K / group_size).
 
     scale = largest magnitude of the group / (2**(bits - 1) - 1), and code = weight /
     scale, rounded to nearest, ties to even (torch.round), all in float32. So codes are
@@ -58,7 +59,7 @@ def quantize_groups(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tens
         raise ValueError("weight has NaN or infinities; expected finite values")
     inputs = weight.shape[1]
     group_size = min(group_size, inputs)
-    padded = functional.pad(weight.float(), (0, -inputs % group_size))
+    padded = functional.pad(weight.detach().float(), (0, -inputs % group_size))
     groups = padded.unflatten(1, (-1, group_size))
     scales = groups.abs().amax(2) / (2 ** (bits - 1) - 1)
     scales[scales < 2**-126] = 1
@@ -109,7 +110,7 @@ def groups_of_every_size(answer, rng):
 
 @case(quantize_groups)
 def short_last_group(answer, rng):
-    """Groups that do not divide the row, groups longer than the row, and groups of one."""
+    """Groups that do not divide the row, longer ones than the row, groups of one; one row and one column."""
     bits, group_size, groups = rng.integer(3, 8), rng.integer(5, 9), rng.integer(2, 4)
     found = {}
     for short in (1, rng.integer(2, group_size - 2), group_size - 1):
@@ -119,6 +120,8 @@ def short_last_group(answer, rng):
             weight, bits=bits, group_size=group_size
         )
     row = settled(drawn(rng, rng.integer(2, 5), group_size), bits, group_size)
+    for name, shape in {"one column": (3, 1), "one row": (1, 2 * group_size + 1)}.items():
+        found[name] = answer(settled(drawn(rng, *shape), bits, group_size), bits=bits, group_size=group_size)
     found["a group for each row"] = answer(row, bits=bits, group_size=group_size)
     found["a group longer than the row"] = answer(row, bits=bits, group_size=group_size + 1)
     found["a group far longer than memory"] = answer(row, bits=bits, group_size=10**15)
@@ -151,13 +154,14 @@ def zeros_and_one_sided_groups(answer, rng):
     weight[4] = -weight[4].abs() - 0.05
     weight[5] *= 2.0**-45
     weight = settled(weight, bits, group_size)
-    top = 2 ** (bits - 1) - 1
+    edge_bits = rng.integer(3, 8)  # with 2, a scale is the largest magnitude itself
+    smallest = 2.0**-126 * (2 ** (edge_bits - 1) - 1)
     edge = torch.zeros(4, group_size)
-    edge[0, 0], edge[1, 1], edge[2, 2] = (2.0**-126 * top * share for share in (1, -0.8, 0.7))
+    edge[0, 0], edge[1, 1], edge[2, 2] = (smallest * share for share in (1, -0.8, 0.7))
     zeros = torch.zeros(rng.integer(1, 3), group_size + 1)
     return {
         "mixed": answer(weight, bits=bits, group_size=group_size),
-        "smallest normal scale": answer(edge, bits=bits, group_size=group_size),
+        "smallest normal scale": answer(edge, bits=edge_bits, group_size=group_size),
         "zeros": answer(zeros, bits=bits, group_size=group_size),
     }
 
@@ -176,32 +180,47 @@ def halfway_between_codes(answer, rng):
 
 
 @case(quantize_groups)
-def views_and_dtypes(answer, rng):
-    """A transposed weight, every other row of one, and weights in bfloat16 and float16."""
+def views_and_parameters(answer, rng):
+    """A transposed weight, every other row and column of one, and an nn.Parameter."""
     bits, group_size, inputs = rng.integer(3, 8), rng.integer(4, 6), rng.integer(9, 14)
     weight = settled(drawn(rng, 8, inputs), bits, group_size)
     wide = rng.normal(16, 2 * inputs)
     wide[::2, ::2] = weight
     square = settled(drawn(rng, 3 * group_size, 3 * group_size), bits, group_size)
-    # Sixteenths of a step and a scale that is a power of two: exact in 11 bits, and in 8 where there are few steps.
-    narrow = {}
-    for dtype, narrow_bits in ((torch.bfloat16, 4), (torch.float16, 6)):
-        top = 2 ** (narrow_bits - 1) - 1
-        sixteenths = rng.integers(-16 * top, 16 * top, 5, 10)
-        sixteenths[:, ::5] = 16 * top
-        exact = (sixteenths / 16 * 2.0 ** -rng.integer(1, 4)).to(dtype)
-        narrow[str(dtype)] = answer(exact, bits=narrow_bits, group_size=5)
+    found = answer(torch.nn.Parameter(weight.clone()), bits=bits, group_size=group_size)
     return {
         "transposed": answer(weight.T.contiguous().T, bits=bits, group_size=group_size),
         "transposed square": answer(square.T.contiguous().T, bits=bits, group_size=group_size),
         "every other row and column": answer(wide[::2, ::2], bits=bits, group_size=group_size),
-        **narrow,
+        "parameter": found,
+        "requires grad": [part.requires_grad for part in found if isinstance(part, Tensor)],
     }
 
 
 @case(quantize_groups)
+def dtypes_at_both_ends(answer, rng):
+    """float32, bfloat16 and float16, each among its largest numbers and its smallest, at every distance from a half."""
+    found = {}
+    for dtype, longest, low, high in (
+        (torch.float32, 2047, -120, 117),
+        (torch.bfloat16, 255, -120, 120),
+        (torch.float16, 2047, -24, 5),
+    ):
+        # All multiples of a unit, up to what the dtype holds. 254 and longest have no common divisor, so that no
+        # multiple is within 1 / (2 * longest) = 2e-4 of a half; float32 rounds codes by 127 * 2**-23 = 2e-5.
+        multiples = rng.uniform(0, 1, 2, longest).argsort(1) + 1
+        signs = rng.integers(0, 1, 2, longest) * 2 - 1
+        signs[0], signs[1, multiples[1].argmax()] = 1, -1  # the largest sum, and the largest range
+        for end, power in (("smallest", low), ("largest", high)):
+            weight = (multiples * signs * 2.0**power).to(dtype)
+            found[f"{end} {dtype}"] = answer(weight, bits=8, group_size=longest)
+    edge = torch.tensor([1, -1]) * torch.finfo(torch.float32).max
+    return {**found, "very largest": answer(edge.unsqueeze(1), bits=rng.integer(2, 8), group_size=1)}
+
+
+@case(quantize_groups)
 def refusals(answer, rng):
-    """Bits, group sizes and shapes that are not allowed, NaN and infinities, beside a weight as it should be."""
+    """Bits, group sizes and shapes that are not allowed, NaN and infinities anywhere, beside a weight in order."""
     bits, group_size = rng.integer(2, 8), rng.integer(2, 5)
     weight = settled(drawn(rng, 4, 2 * group_size + 1), bits, group_size)
     shapes = {"no rows": (0, 8), "no columns": (5, 0), "one dimension": (8,), "three dimensions": (2, 3, 8)}
@@ -212,11 +231,16 @@ def refusals(answer, rng):
         found[f"groups of {wrong}"] = raised(answer, weight, bits=bits, group_size=wrong)
     for name, shape in shapes.items():
         found[name] = raised(answer, rng.normal(*shape), bits=bits, group_size=group_size)
-    for value in (math.nan, math.inf, -math.inf):
-        broken = weight.clone()
-        broken[rng.integer(0, 3), rng.integer(0, 2 * group_size)] = value
-        found[str(value)] = raised(answer, broken, bits=bits, group_size=group_size)
-    return found
+    inputs = weight.shape[1]
+    places = {"first": 0, "middle": rng.integer(1, 4 * inputs - 2), "last": 4 * inputs - 1}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for value in (math.nan, math.inf, -math.inf):
+            for name, place in places.items():
+                broken = weight.to(dtype, copy=True)
+                broken.view(-1)[place] = value
+                found[f"{name} {value} {dtype}"] = raised(answer, broken, bits=bits, group_size=group_size)
+    weight[0, 0], weight[-1, -1] = math.inf, -math.inf
+    return {**found, "both infinities": raised(answer, weight, bits=bits, group_size=group_size)}
 
 
 @cost(quantize_groups, share=1 / 6)
@@ -251,7 +275,7 @@ class Grouping:
             raise ValueError("not finite")
 
     def wide(self, weight: Tensor) -> Tensor:
-        return weight.to(torch.float32)
+        return weight.detach().to(torch.float32)
 
     def grouped(self, weight: Tensor, size: int) -> Tensor:
         """[N, K] -> [N, groups, size]"""
@@ -396,7 +420,7 @@ def size_for_number(weight, *, bits, group_size):
 def strides_ignored(weight, *, bits, group_size):
     def wide(self, weight):
         rows, inputs = weight.shape
-        return weight.as_strided((rows, inputs), (inputs, 1)).float()
+        return weight.detach().as_strided((rows, inputs), (inputs, 1)).float()
 
     return variant(wide=wide)(weight, bits=bits, group_size=group_size)
 
@@ -549,7 +573,22 @@ def scales_in_float16(weight, *, bits, group_size):
     "Divides in the weight's own dtype: in bfloat16 a scale has 8 bits, and weights fall to other codes.",
 )
 def in_the_weight_s_dtype(weight, *, bits, group_size):
-    return variant(wide=lambda self, weight: weight)(weight, bits=bits, group_size=group_size)
+    codes, scales = variant(wide=lambda self, weight: weight.detach())(
+        weight, bits=bits, group_size=group_size
+    )
+    return codes, scales.float()
+
+
+@mistake(
+    quantize_groups,
+    "Replaces scales below the smallest normal number of the weight's dtype: in float16 that is 6e-5, and weights "
+    "of an ordinary size become zeros.",
+)
+def floor_of_the_weight_s_dtype(weight, *, bits, group_size):
+    tiny = torch.finfo(weight.dtype).tiny
+    return variant(usable=lambda self, scales: torch.where(scales < tiny, 1.0, scales))(
+        weight, bits=bits, group_size=group_size
+    )
 
 
 @mistake(quantize_groups, "Leaves the codes floats.")
@@ -577,7 +616,8 @@ def dequantized(weight, *, bits, group_size):
 @mistake(quantize_groups, "Divides the weight in place: the caller's model is destroyed.")
 def in_place(weight, *, bits, group_size):
     codes, scales = variant()(weight, bits=bits, group_size=group_size)
-    weight /= scales.repeat_interleave(group_size, 1)[:, : codes.shape[1]].to(weight.dtype)
+    each = scales.repeat_interleave(group_size, 1)[:, : codes.shape[1]]
+    weight.detach().div_(each.to(weight.dtype))
     return codes, scales
 
 
@@ -590,6 +630,26 @@ def infinities_accepted(weight, *, bits, group_size):
             raise ValueError("NaN")
 
     return variant(check_values=check_values)(weight, bits=bits, group_size=group_size)
+
+
+@mistake(
+    quantize_groups,
+    "Looks for NaN and infinities in the sum of all weights: large finite ones overflow it and are refused.",
+)
+def finite_sum_demanded(weight, *, bits, group_size):
+    def check_values(self, weight):
+        if not weight.sum().isfinite():
+            raise ValueError("not finite")
+
+    return variant(check_values=check_values)(weight, bits=bits, group_size=group_size)
+
+
+@mistake(
+    quantize_groups,
+    "Leaves an nn.Parameter in autograd: its scales require grad and keep the weight alive.",
+)
+def gradient_kept(weight, *, bits, group_size):
+    return variant(wide=lambda self, weight: weight.float())(weight, bits=bits, group_size=group_size)
 
 
 @mistake(quantize_groups, "Replaces NaN and infinities by finite numbers: a broken checkpoint looks healthy.")
@@ -640,7 +700,7 @@ def loop_over_groups(weight, *, bits, group_size):
 
 @mistake(quantize_groups, "Works in float64, twice the memory of the weight in float32, for codes of a byte.")
 def in_float64(weight, *, bits, group_size):
-    codes, scales = variant(wide=lambda self, weight: weight.double())(
+    codes, scales = variant(wide=lambda self, weight: weight.detach().double())(
         weight, bits=bits, group_size=group_size
     )
     return codes, scales.float()
@@ -677,7 +737,7 @@ def one_by_one(weight, *, bits, group_size):
 def scattered(weight, *, bits, group_size):
     if not (2 <= bits <= 8 and group_size >= 1) or weight.dim() != 2 or not min(weight.shape):
         raise ValueError("numbers or shape")
-    wide = weight.float()
+    wide = weight.detach().float()
     if not wide.isfinite().all():
         raise ValueError("values")
     group = torch.arange(weight.shape[1]) // group_size

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from llmcourse.exercise import alternative, case, excuse, exercise, mistake, raised
+from llmcourse.exercise import alternative, case, exercise, mistake, raised
 
 
 @exercise(
@@ -29,45 +30,40 @@ def smooth_scales(
     norm_weight [K] is what the norm multiplies by last; weights are the [N_i, K] of all
     linear layers that read the norm's output (q, k, v; or gate, up), and nothing else
     reads it; x_max [K] is max|X_j| of each channel j of that output, as it is now, over
-    the calibration tokens. Of any float dtype; none is changed.
+    the calibration tokens. Each is float32, bfloat16 or float16; none is changed.
 
     s_j = x_max_j^alpha / max|W_j|^(1 - alpha), where max|W_j| is the largest magnitude
     among all weights on input j. s_j is 1 where x_max_j or max|W_j| is 0, whatever
-    alpha.
+    alpha; nothing else bounds it, at any magnitude that float32 holds, subnormals aside.
 
     Returns the new norm weight [K] and a list of the new weights, in the order given,
-    all float32: what the layers give is what they gave before, up to rounding, and
-    nothing is left to be done when the model runs.
+    all float32 and without gradients, even those of an nn.Parameter: what the layers
+    give is what they gave before, up to rounding, and nothing is left to be done when
+    the model runs.
 
     ValueError when alpha is not within 0..1, when weights is an empty list or a tensor
-    holds nothing, when shapes do not fit, when a value is NaN or Inf, and when x_max
-    has one below 0.
+    holds nothing, when a shape is not the one above, when a value is NaN or Inf, and
+    when x_max has one below 0.
 
     Xiao et al. 2023 (SmoothQuant), section 4, equations 3 and 4.
     """
     ### BEGIN SOLUTION
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha}; expected 0..1")
+    norm_weight, x_max, *weights = (part.detach().float() for part in (norm_weight, x_max, *weights))
     channels = x_max.numel()
-    shapes = [list(part.shape) for part in (norm_weight, x_max, *weights)]
-    if channels == 0 or shapes != [[channels], [channels], *([len(part), channels] for part in weights)]:
-        raise ValueError(f"shapes {shapes}; expected [K], [K] and, for each weight, [N, K]")
-    if not weights or min(map(len, weights)) == 0:
-        raise ValueError(f"weights {shapes[2:]}; expected at least one, with outputs")
+    shapes = [tuple(part.shape) for part in (norm_weight, x_max, *weights)]
+    if channels == 0 or shapes[:2] != [(channels,), (channels,)]:
+        raise ValueError(f"shapes {shapes[:2]}; expected [K] and [K]")
+    if not weights or any(shape[1:] != (channels,) or shape[0] == 0 for shape in shapes[2:]):
+        raise ValueError(f"weights {shapes[2:]}; expected [N, {channels}], at least one, with outputs")
     if not all(part.isfinite().all() for part in (norm_weight, x_max, *weights)) or x_max.min() < 0:
         raise ValueError("NaN, Inf, or a maximal magnitude below 0; calibrate again")
-    w_max = torch.cat([weight.float().abs() for weight in weights]).amax(dim=0)
-    scales = x_max.float() ** alpha / w_max ** (1 - alpha)
+    w_max = torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0)
+    scales = x_max**alpha / w_max ** (1 - alpha)
     scales[(x_max == 0) | (w_max == 0)] = 1
     return norm_weight / scales, [weight * scales for weight in weights]
     ### END SOLUTION
-
-
-excuse(
-    smooth_scales,
-    "not weights or min(map(len, weights)) == 0 -> min(map(len, weights)) == 0",
-    "min of nothing is a ValueError too, which only says less",
-)
 
 
 # ---------------------------------------------------------------------------------------------------------- cases
@@ -84,18 +80,19 @@ def behind_one_norm(rng, channels, outputs):
 
 
 def observed(found):
-    """The new norm weight and the new weights, as data whatever they are."""
+    """The new norm weight and the new weights, and which of them need gradients."""
     norm_weight, weights = found
-    return {"norm weight": norm_weight, "weights": list(weights)}
+    gradients = [part.requires_grad for part in (norm_weight, *weights)]
+    return {"norm weight": norm_weight, "weights": weights, "need gradients": gradients}
 
 
 @case(smooth_scales)
 def queries_keys_values(answer, rng):
-    """Three weights of different height behind one norm, and an alpha between a quarter and three quarters."""
-    channels = rng.integer(18, 24)
+    """Three weights of different height behind one norm, alpha between 0.3 and 0.75; then one weight of one value."""
+    channels, alpha = rng.integer(18, 24), rng.choice([0.3, 0.4, 0.65, 0.75])
     outputs = [rng.integer(24, 30), rng.integer(6, 9), rng.integer(10, 14)]
-    found = answer(*behind_one_norm(rng, channels, outputs), alpha=rng.choice([0.3, 0.4, 0.65, 0.75]))
-    return observed(found)
+    three = observed(answer(*behind_one_norm(rng, channels, outputs), alpha=alpha))
+    return {"three": three, "one value": observed(answer(*behind_one_norm(rng, 1, [1]), alpha=alpha))}
 
 
 @case(smooth_scales)
@@ -109,11 +106,31 @@ def outlier_channels(answer, rng):
     return observed(answer(norm_weight, weights, x_max, alpha=0.5))
 
 
+def of_any_magnitude(rng):
+    """Exponents of two for x_max and for W, [K] each: one of them, or both against each other, far from 0."""
+    far = [sign * size for size in (14, 24, 40, 70, 110) for sign in (-1, 1)]
+    pairs = [(0, 0), *(pair for size in far for pair in ((size, 0), (0, size), (size, -size)))]
+    return torch.tensor(rng.shuffled(pairs)).T
+
+
 @case(smooth_scales)
-def all_of_it_moved(answer, rng):
-    """alpha 0, 1 and a half, with a single weight."""
-    norm_weight, weights, x_max = behind_one_norm(rng, rng.integer(9, 14), [rng.integer(15, 20)])
-    return {str(alpha): observed(answer(norm_weight, weights, x_max, alpha=alpha)) for alpha in (0, 0.5, 1)}
+def any_magnitude(answer, rng):
+    """alpha 0, 1 and a half with a single weight, magnitudes of 1e-33 to 1e33 and sums that float32 does not hold."""
+    of_x, of_w = of_any_magnitude(rng)
+    channels, outputs = len(of_x), rng.integer(15, 20)
+    norm_weight, (weight,), x_max = behind_one_norm(rng, channels, [outputs])
+    found = {}
+    for alpha in (0, 0.5, 1):
+        norm, (moved,) = answer(norm_weight, [weight.ldexp(of_w)], x_max.ldexp(of_x), alpha=alpha)
+        of_s = alpha * of_x - (1 - alpha) * of_w
+        # Brought back to ordinary sizes, so that no channel hides behind a louder one.
+        found[f"alpha {alpha}, times powers of two"] = [norm.ldexp(of_s), moved.ldexp(-of_s - of_w)]
+    vast = [
+        rng.uniform(2.0**124, 2.0**125, *shape) for shape in ((channels,), (outputs, channels), (channels,))
+    ]
+    found["vast weights"] = observed(answer(vast[0], [vast[1]], rng.uniform(0.5, 1, channels), alpha=1))
+    found["vast x_max"] = observed(answer(norm_weight, [weight], vast[2], alpha=0))
+    return found
 
 
 @case(smooth_scales)
@@ -121,9 +138,8 @@ def silent_channels(answer, rng):
     """Channels that were never active, channels no weight reads, both, and one that only the first weight reads."""
     channels = rng.integer(12, 16)
     norm_weight, weights, x_max = behind_one_norm(rng, channels, [rng.integer(5, 8), rng.integer(9, 12)])
-    silent, unread, both, once, quiet = rng.shuffled(range(channels))[:5]
+    silent, unread, both, once = rng.shuffled(range(channels))[:4]
     x_max[[silent, both]] = 0
-    x_max[quiet] = 1e-7
     for weight in weights:
         weight[:, [unread, both]] = 0
     weights[1][:, once] = 0
@@ -134,49 +150,71 @@ def silent_channels(answer, rng):
 
 
 @case(smooth_scales)
-def bfloat16_and_views(answer, rng):
-    """Parameters in bfloat16; then weights that are transposed or cut out of something larger."""
+def narrow_parameters_and_views(answer, rng):
+    """nn.Parameters, in float32 and narrower, all or one of them; then weights that are views."""
     channels = rng.integer(10, 14)
     norm_weight, weights, x_max = behind_one_norm(rng, channels, [rng.integer(15, 20), rng.integer(5, 8)])
-    narrow = [part.bfloat16() for part in weights]
+    x_max[rng.shuffled(range(channels))[:3]] = 3e4
+    found = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        norm, first, last = (nn.Parameter(part.to(dtype)) for part in (norm_weight, *weights))
+        arguments = {
+            "all": (norm, [first, last], x_max.to(dtype)),
+            "the norm's": (norm, weights, x_max),
+            "the first weight": (norm_weight, [first, weights[1]], x_max),
+            "the last weight": (norm_weight, [weights[0], last], x_max),
+            "x_max": (norm_weight, weights, x_max.to(dtype)),
+        }
+        for name, given in arguments.items():
+            found[f"{dtype}, {name}"] = observed(answer(*given, alpha=0.6))
     views = [weights[0].T.contiguous().T[::2], weights[1].repeat_interleave(2, dim=1)[:, ::2]]
-    return {
-        "bfloat16": observed(answer(norm_weight.bfloat16(), narrow, x_max.bfloat16(), alpha=0.6)),
-        "views": observed(answer(norm_weight, views, x_max, alpha=0.4)),
-    }
+    return {**found, "views": observed(answer(norm_weight, views, x_max, alpha=0.4))}
+
+
+def other_shapes(part):
+    """What a vector or a matrix may be taken for: fewer and more dimensions, one channel, a transpose, nothing."""
+    lead = [part[None], part[None, None], part[:, None], part[..., :1], part.flatten()[0]]
+    return lead + ([part[:, None, None]] if part.dim() == 1 else [part[0], part.T, part[:0]])
 
 
 @case(smooth_scales)
 def refused_inputs(answer, rng):
-    """alpha, shapes, NaN, Inf, negative maxima and empty things are refused; beside them, weights that are right."""
+    """alpha, shapes, NaN, Inf, negative maxima and empty things, in each argument; beside them, what is right."""
     channels = rng.integer(10, 14)
-    norm_weight, weights, x_max = behind_one_norm(rng, channels, [rng.integer(15, 20), rng.integer(5, 8)])
-    place, bad = rng.integer(0, channels - 1), rng.choice([torch.nan, torch.inf, -torch.inf])
+    outputs = [rng.integer(15, 20), rng.integer(5, 8), rng.integer(22, 25)]
+    norm_weight, weights, x_max = behind_one_norm(rng, channels, outputs)
+    parts = dict(
+        zip(
+            ("norm weight", "x_max", "weights[0]", "weights[1]", "weights[2]"),
+            (norm_weight, x_max, *weights),
+            strict=True,
+        )
+    )
+    found = observed(answer(norm_weight, weights, x_max, alpha=0.5))
 
-    def spoilt(part, value=bad):
-        part = part.clone()
-        part[..., place] = value
-        return part
+    def with_another(name, part):
+        norm_weight, x_max, *weights = {**parts, name: part}.values()
+        return raised(answer, norm_weight, weights, x_max, alpha=0.5)
 
-    arguments = {
-        "norm weight broken": (spoilt(norm_weight), weights, x_max),
-        "a weight broken": (norm_weight, [weights[0], spoilt(weights[1])], x_max),
-        "x_max broken": (norm_weight, weights, spoilt(x_max, rng.choice([torch.nan, torch.inf]))),
-        "x_max below 0": (norm_weight, weights, spoilt(x_max, -1.0)),
-        "norm weight of one": (norm_weight[:1], weights, x_max),
-        "x_max of one": (norm_weight, weights, x_max[:1]),
-        "x_max a row": (norm_weight, weights, x_max[None]),
-        "norm weight a column": (norm_weight[:, None], weights, x_max),
-        "a weight too narrow": (norm_weight, [weights[0], weights[1][:, :1]], x_max),
-        "a weight without outputs": (norm_weight, [weights[0], weights[1][:0]], x_max),
-        "no weight": (norm_weight, [], x_max),
-        "no channel": (norm_weight[:0], [part[:, :0] for part in weights], x_max[:0]),
-    }
-    return {
-        **observed(answer(norm_weight, weights, x_max, alpha=0.5)),
-        **{name: raised(answer, *given, alpha=0.5) for name, given in arguments.items()},
-        "alpha": [raised(answer, norm_weight, weights, x_max, alpha=each) for each in (-0.1, 1.1, torch.nan)],
-    }
+    def with_one_value(name, value, place):
+        part = parts[name].clone()
+        part.view(-1)[place] = value
+        return with_another(name, part)
+
+    for name, part in parts.items():
+        bad = [math.nan, math.inf, -math.inf, *([-1.0, -1e-30] if name == "x_max" else [])]
+        for value in bad:
+            places = {"first": 0, "middle": part.numel() // 2, "last": -1}
+            for where, place in places.items():
+                found[f"{value} as {where} of {name}"] = with_one_value(name, value, place)
+        for other in other_shapes(part):
+            found[f"{name} of {other.dim()} dimensions, {other.numel()} values"] = with_another(name, other)
+    found["no weight"] = raised(answer, norm_weight, [], x_max, alpha=0.5)
+    none = norm_weight[:0], [part[:, :0] for part in weights], x_max[:0]
+    found["no channel"] = raised(answer, *none, alpha=0.5)
+    for alpha in (-0.01, 1.01, math.nan, math.inf, -math.inf):
+        found[f"alpha {alpha}"] = raised(answer, norm_weight, weights, x_max, alpha=alpha)
+    return found
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -208,7 +246,7 @@ class Smoothing:
             raise ValueError("negative")
 
     def widened(self, part: Tensor) -> Tensor:
-        return part.float()
+        return part.detach().float()
 
     def largest(self, weights: list[Tensor]) -> Tensor:
         """[K]"""
@@ -469,7 +507,21 @@ def normalised(*arguments, **options):
 
 @mistake(smooth_scales, "Computes in bfloat16 where the weights are, and returns bfloat16.")
 def in_the_weights_dtype(*arguments, **options):
-    return variant(widened=lambda self, part: part)(*arguments, **options)
+    return variant(widened=lambda self, part: part.detach())(*arguments, **options)
+
+
+@mistake(smooth_scales, "Gives the norm's weight back in the dtype in which it came, rounded once more.")
+def norm_in_its_own_dtype(norm_weight, weights, x_max, *, alpha):
+    new_norm, new_weights = variant()(norm_weight, weights, x_max, alpha=alpha)
+    return new_norm.to(norm_weight.dtype), new_weights
+
+
+@mistake(
+    smooth_scales,
+    "Computes on nn.Parameters as they are: autograd records it, and the new weights keep the old ones in memory.",
+)
+def gradients_recorded(*arguments, **options):
+    return variant(widened=lambda self, part: part.float())(*arguments, **options)
 
 
 @mistake(smooth_scales, "Scales the caller's tensors in place: a second call smooths what is smooth already.")
@@ -489,6 +541,15 @@ def in_place(*arguments, **options):
 )
 def broken_values_let_through(*arguments, **options):
     return variant(refuse_values=lambda self, *arguments: None)(*arguments, **options)
+
+
+@mistake(smooth_scales, "Looks for NaN only: Inf goes into every weight behind the norm.")
+def only_nan_looked_for(*arguments, **options):
+    def refuse_values(self, norm_weight, weights, x_max):
+        if any(part.isnan().any() for part in (norm_weight, x_max, *weights)) or (x_max < 0).any():
+            raise ValueError("NaN or negative")
+
+    return variant(refuse_values=refuse_values)(*arguments, **options)
 
 
 @mistake(smooth_scales, "Does not look at shapes: a tensor of one channel is broadcast to all of them.")
@@ -511,7 +572,7 @@ def channel_by_channel(norm_weight, weights, x_max, *, alpha):
         w_range = max(abs(value) for part in weights for value in part[:, channel].tolist())
         scales.append(x_range**alpha * w_range ** (alpha - 1) if x_range > 0 and w_range > 0 else 1.0)
     s = torch.tensor(scales)
-    return norm_weight.float() / s, [part.float() * s for part in weights]
+    return norm_weight.detach().float() / s, [part.detach().float() * s for part in weights]
 
 
 @alternative(smooth_scales, "Computes s through logarithms, and folds by a product with a diagonal matrix")

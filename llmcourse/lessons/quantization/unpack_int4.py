@@ -69,10 +69,13 @@ def odd_rows(answer, rng):
     rows, columns = rng.integer(2, 9), rng.integer(2, 9)
     clean = drawn(rng, rows, columns)
     clean[:, -1] &= 15
+    other = rng.integers(1, 15, rows, dtype=torch.uint8) << 4
+    unclean = clean.clone()
+    unclean[:, -1] |= other
     return {
         "zeros behind them": answer(clean, 2 * columns - 1),
-        "anything behind them": answer(drawn(rng, rows, columns), 2 * columns - 1),
-        "one code a row": answer(drawn(rng, rows, 1), 1),
+        "anything behind them": answer(unclean, 2 * columns - 1),
+        "one code a row": answer(unclean[:, -1:], 1),
     }
 
 
@@ -89,17 +92,31 @@ def views(answer, rng):
 
 @case(unpack_int4)
 def refusals(answer, rng):
-    """Other dtypes and shapes, and sizes that do not fit, beside bytes as they should be."""
+    """Other dtypes and dimensions, and sizes that do not fit, beside bytes as they should be."""
     rows, columns = rng.integer(2, 5), rng.integer(3, 6)
     packed, even = drawn(rng, rows, columns), 2 * columns
     found: dict[str, Any] = {"even": answer(packed, even), "odd": answer(packed, even - 1)}
-    for size in (even + 1, even + 2, even - 2, even - 3, columns, 0, -even):
+    for size in [*range(-even - 1, even - 1), *range(even + 1, 2 * even + 2), rows * even]:
         found[f"{size - even} codes more"] = raised(answer, packed, size)
-    for dtype in (torch.int8, torch.int32, torch.float32):
-        found[str(dtype)] = raised(answer, packed.to(dtype), even)
-    for shape in ((0, columns), (rows, 0), (columns,), (rows, 2, columns)):
-        size = 2 * shape[-1]
-        found[str(len(shape)) + str(min(shape))] = raised(answer, torch.ones(shape, dtype=torch.uint8), size)
+    floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    for dtype in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, *floats):
+        found[str(dtype)] = [raised(answer, packed.to(dtype), size) for size in (even, even - 1)]
+    # As many bytes along every dimension but the first, so that no size that is looked at gives it away.
+    for shape in (
+        (0, 2),
+        (2, 0),
+        (0, 0),
+        (),
+        (1,),
+        (2,),
+        (2, 2, 2),
+        (1, 2, 2),
+        (2, 2, 2, 2),
+        (1, 1, 1, 2, 2),
+    ):
+        bytes_a_row = shape[-1] if shape else 1
+        wrong = torch.ones(shape, dtype=torch.uint8)
+        found[str(shape)] = [raised(answer, wrong, 2 * bytes_a_row - odd) for odd in (0, 1)]
     return found
 
 
