@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.affine_parameters import Fitting, variant
 
-affine_parameters = find("affine_parameters").reference
+found = find("affine_parameters")
+affine_parameters = found.reference
 KINDS = [(symmetric, signed) for symmetric in (False, True) for signed in (False, True)]
 
 
@@ -163,3 +168,54 @@ def test_bad_input_is_refused_with_what_came(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         affine_parameters(x, bits, symmetric=symmetric, signed=signed)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Any, seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+def refusing(is_bad: Callable[[Tensor], Any]) -> Callable[..., Any]:
+    """An answer that refuses by another test of x, and takes what is left for numbers."""
+
+    def seen(self: Any, x: Tensor) -> tuple[float, float]:
+        if bool(is_bad(x)):
+            raise ValueError("values")
+        return Fitting.seen(self, x.nan_to_num(0.0))
+
+    return variant(seen=seen)
+
+
+def usable(scale_of: Callable[[float], float]) -> Callable[..., Any]:
+    return variant(usable=lambda self, scale, low, high: scale_of(scale) if scale >= 2.0**-126 else 1.0)
+
+
+WRONG: dict[str, Callable[..., Any]] = {
+    "NaN alone": refusing(lambda x: x.isnan().any()),
+    "Inf alone": refusing(lambda x: x.isinf().any()),
+    "plus Inf and NaN": refusing(lambda x: (x.isnan() | (x == math.inf)).any()),
+    "minus Inf and NaN": refusing(lambda x: (x.isnan() | (x == -math.inf)).any()),
+    "first value": refusing(lambda x: ~x.flatten()[0].isfinite()),
+    "last value": refusing(lambda x: ~x.flatten()[-1].isfinite()),
+    "squares": refusing(lambda x: ~x.float().square().sum().isfinite()),
+    **{f"above {floor}": usable(lambda s, floor=floor: max(s, floor)) for floor in (1e-5, 1e-11, 1e-30)},
+    **{f"1 below {floor}": usable(lambda s, floor=floor: s if s > floor else 1.0) for floor in (1e-8, 1e-30)},
+    "below 1e30": usable(lambda s: min(s, 1e30)),
+    "matrices and vectors": lambda x, *given, **kind: variant()(
+        x if 0 < x.dim() < 3 else x[None][0:0], *given, **kind
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) -> None:
+    assert points_of(WRONG[name], seed) < found.points
+
+
+def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
+    assert points_of(found.reference, seed) == found.points

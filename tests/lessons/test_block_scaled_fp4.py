@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib
 import math
 import random
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization import block_scaled_fp4 as lesson
 from tests.peers import peer
 
-block_scaled_fp4 = find("block_scaled_fp4").reference
+found = find("block_scaled_fp4")
+block_scaled_fp4 = found.reference
 GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 BLOCK = {"mxfp4": 32, "nvfp4": 16}
 
@@ -189,3 +194,72 @@ def test_bad_input_is_refused_with_what_came() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             block_scaled_fp4(x, form=form)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Any, seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+Step = Callable[..., Any]
+
+
+def stepping(**steps: Any) -> Step:
+    """An answer with some steps replaced."""
+    return lambda x, *, form: lesson.written(x, form, **steps)
+
+
+def refusing(is_bad: Callable[[Tensor], Any]) -> Step:
+    def check(x: Tensor, form: str) -> None:
+        lesson.check(torch.zeros_like(x), form)
+        if bool(is_bad(x)):
+            raise ValueError("not finite")
+
+    return stepping(check=check)
+
+
+def floored(floor: float) -> Step:
+    """NVFP4 with a tensor scale of at least this."""
+    return stepping(
+        block_scale=lambda largest, scale: largest / 6 / scale.clamp(min=floor),
+        nv_divisor=lambda scale, stored, wanted: scale.clamp(min=floor) * stored.float(),
+    )
+
+
+def shapes(allowed: Callable[[Tensor], bool]) -> Step:
+    def answer(x: Tensor, *, form: str) -> Any:
+        assert x.numel() == 0 or allowed(x)
+        return stepping()(x, form=form)
+
+    return answer
+
+
+WRONG: dict[str, Step] = {
+    "sum": refusing(lambda x: ~x.sum().isfinite()),
+    "squares": refusing(lambda x: ~x.square().sum().isfinite()),
+    "NaN alone": refusing(lambda x: x.isnan().any()),
+    "Inf alone": refusing(lambda x: x.isinf().any()),
+    "plus Inf and NaN": refusing(lambda x: (x.isnan() | (x == torch.inf)).any()),
+    "minus Inf and NaN": refusing(lambda x: (x.isnan() | (x == -torch.inf)).any()),
+    "first row": refusing(lambda x: ~x[0].isfinite().all()),
+    "last row": refusing(lambda x: ~x[-1].isfinite().all()),
+    "first block": refusing(lambda x: ~x[..., :16].isfinite().all()),
+    **{f"tensor scale above {floor}": floored(floor) for floor in (1e-8, 1e-20, 1e-30)},
+    "up to three dimensions": shapes(lambda x: x.dim() < 4),
+    "several blocks": shapes(lambda x: x.shape[-1] > 16),
+    "exponents up to 100": stepping(exponent=lambda largest: lesson.floor_exponent(largest).clamp(max=100)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) -> None:
+    assert points_of(WRONG[name], seed) < found.points
+
+
+def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
+    assert points_of(stepping(), seed) == found.points

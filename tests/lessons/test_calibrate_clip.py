@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.calibrate_clip import Calibration, variant
 
-calibrate_clip = find("calibrate_clip").reference
+found = find("calibrate_clip")
+calibrate_clip = found.reference
 
 
 def drawn(seed: int, tokens: int = 60, inputs: int = 8, outputs: int = 12) -> tuple[list[Tensor], Tensor]:
@@ -117,3 +122,74 @@ def test_bad_input_is_refused_with_what_came(
 ) -> None:
     with pytest.raises(ValueError, match=said):
         calibrate_clip(batches, weight, bits=bits, steps=steps)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Any, seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+Step = Callable[..., Any]
+
+
+def refusing(is_bad: Callable[[Tensor], Any]) -> Step:
+    """An answer that refuses by another test of each tensor."""
+
+    def check_values(self: Any, batches: list[Tensor], weight: Tensor) -> None:
+        if any(bool(is_bad(tensor)) for tensor in (weight, *batches)):
+            raise ValueError("values")
+
+    return variant(check_values=check_values)
+
+
+def scaled_by(scale_of: Callable[[float], float]) -> Step:
+    """An answer whose scale is another function of the right one."""
+
+    def change(self: Any, x: Tensor, clip: float, bits: int) -> Tensor:
+        return Calibration.change(self, x, scale_of(clip / self.top(bits)) * self.top(bits), bits)
+
+    return variant(change=change)
+
+
+def fewer_steps(most: int) -> Step:
+    return lambda batches, weight, *, bits, steps: variant()(
+        batches, weight, bits=bits, steps=min(steps, most)
+    )
+
+
+WRONG: dict[str, Step] = {
+    "sum": refusing(lambda x: ~x.float().sum().isfinite()),
+    "squares": refusing(lambda x: ~x.float().square().sum().isfinite()),
+    "NaN alone": refusing(lambda x: x.isnan().any()),
+    "Inf alone": refusing(lambda x: x.isinf().any()),
+    "plus Inf and NaN": refusing(lambda x: (x.isnan() | (x == math.inf)).any()),
+    "minus Inf and NaN": refusing(lambda x: (x.isnan() | (x == -math.inf)).any()),
+    "first row": refusing(lambda x: ~x[0].isfinite().all()),
+    "last row": refusing(lambda x: ~x[-1].isfinite().all()),
+    **{
+        f"scale above {floor}": scaled_by(lambda s, floor=floor: max(s, floor))
+        for floor in (1e-5, 1e-11, 1e-30)
+    },
+    "epsilon added": scaled_by(lambda s: s + 1e-8),
+    "scale below 1e6": scaled_by(lambda s: min(s, 1e6)),
+    "zero below 1e-8": variant(
+        check_largest=lambda self, x: Calibration.check_largest(self, x if x > 1e-8 else 0)
+    ),
+    "better by 1e-9": variant(is_better=lambda self, error, best: error < best - 1e-9),
+    **{f"at most {most} steps": fewer_steps(most) for most in (14, 20, 100)},
+    "ties away": variant(rounded=lambda self, codes: codes.sign() * (codes.abs() + 0.5).floor()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) -> None:
+    assert points_of(WRONG[name], seed) < found.points
+
+
+def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
+    assert points_of(variant(), seed) == found.points

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import Rng, find
+from llmcourse.lessons.quantization.decode_linear import Quantizer, Storages, variant
 
 lesson = find("decode_linear")
 decode_linear = lesson.reference
@@ -71,6 +75,26 @@ def test_the_weight_is_neither_changed_nor_kept(seed):
     assert torch.equal(weight, kept)
     weight.fill_(torch.nan)
     assert torch.equal(run(x), first)
+
+
+@pytest.mark.parametrize("power", [-126, -120, 0, 120])
+def test_codes_are_kept_down_to_a_scale_that_is_the_smallest_normal_number(power):
+    weight = torch.zeros(2, 16)
+    weight[1, :4] = torch.tensor([-127.0, 3.0, 2.5, 100.0]) * 2.0**power
+    y = decode_linear(weight)(torch.eye(16).bfloat16()[:4])
+    assert torch.equal(y[:, 1], (torch.tensor([-127.0, 3.0, 2.0, 100.0]) * 2.0**power).bfloat16())
+
+
+def test_of_a_parameter_neither_gradients_nor_memory_remain(seed):
+    torch.manual_seed(seed)
+    weight, x = torch.nn.Parameter(torch.randn(24, 64)), torch.randn(1, 64).bfloat16()
+    with Storages() as storages:
+        run = decode_linear(weight)
+        y = run(x)
+        assert not y.requires_grad
+        assert torch.equal(y, decode_linear(weight.detach())(x))
+        del weight, y
+    assert storages.kept_bytes() <= 24 * 64 + 4 * 24 + x.nbytes
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 5, 8, 15, 16])
@@ -142,3 +166,61 @@ def test_the_race_takes_its_layers_in_turn_and_says_of_each_lap_what_that_layer_
     assert len({weight.data_ptr() for weight in made}) == 4
     assert x.dtype == torch.bfloat16 and x.shape == (1, 32)
     assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def floor_of(smallest: float) -> Callable[[Tensor], object]:
+    def scale(self: Quantizer, weight: Tensor) -> Tensor:
+        return (weight.abs().amax(dim=1, keepdim=True) / 127).clamp_min(smallest)
+
+    return variant(scale=scale)
+
+
+def refusing(broken: Callable[[Tensor], Tensor]) -> Callable[[Tensor], object]:
+    def refuse_values(self: Quantizer, weight: Tensor) -> None:
+        if bool(broken(weight)):
+            raise ValueError("NaN or Inf")
+
+    return variant(refuse_values=refuse_values)
+
+
+def float_copy_from(fewest: int) -> Callable[[Tensor], object]:
+    """A float copy of what the codes stand for is kept from the first run of so many tokens on."""
+
+    def product(self: Quantizer, x: Tensor) -> Tensor:
+        if len(x) < fewest:
+            return Quantizer.product(self, x)
+        if not hasattr(self, "copy"):
+            self.copy = self.codes.float() * self.scales[:, None]
+        return torch.nn.functional.linear(x.float(), self.copy).bfloat16()
+
+    return variant(product=product)
+
+
+ATTACKS = {
+    **{f"floor {smallest:g}": floor_of(smallest) for smallest in (1e-8, 1e-11, 1e-20, 1e-30, 1e-36)},
+    "infinite sum": refusing(lambda weight: weight.sum().isinf()),
+    "sum without a value": refusing(lambda weight: weight.sum().isnan()),
+    "norm": refusing(lambda weight: ~weight.norm().isfinite()),
+    "NaN alone": refusing(lambda weight: weight.isnan().any()),
+    "Inf alone": refusing(lambda weight: weight.isinf().any()),
+    "plus Inf alone": refusing(lambda weight: (weight.isnan() | (weight == torch.inf)).any()),
+    "minus Inf alone": refusing(lambda weight: (weight.isnan() | (weight == -torch.inf)).any()),
+    "largest value": refusing(lambda weight: ~weight.amax().isfinite()),
+    "first row": refusing(lambda weight: ~weight[0].isfinite().all()),
+    "last row": refusing(lambda weight: ~weight[-1].isfinite().all()),
+    "first input": refusing(lambda weight: ~weight[:, 0].isfinite().all()),
+    "float copy from 2 tokens": float_copy_from(2),
+    "float copy from 3 tokens": float_copy_from(3),
+    "float copy from 16 tokens": float_copy_from(16),
+    "one output squeezed": variant(product=lambda self, x: Quantizer.product(self, x).squeeze(1)),
+    "one token squeezed": variant(product=lambda self, x: Quantizer.product(self, x).squeeze(0)),
+}
+
+
+@pytest.mark.parametrize("name", ["nothing", *ATTACKS])
+def test_an_answer_that_is_wrong_at_the_edge_loses_points(name, seed):
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, lesson, seed)
+    answer = ATTACKS.get(name, Quantizer)
+    verdict = judging.judge(runner, lesson, answer, seed, expected, naming=False, racing=False)
+    assert (verdict.points == lesson.points) == (name == "nothing"), verdict.reason

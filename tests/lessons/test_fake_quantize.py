@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.fake_quantize import Written
 
-fake_quantize = find("fake_quantize").reference
+found = find("fake_quantize")
+fake_quantize = found.reference
 
 
 def drawn(seed: int, bits: int, *, rows: int = 4, columns: int = 12) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,3 +128,80 @@ def test_a_scale_that_no_quantizer_can_have_is_refused(scale: float) -> None:
 def test_bits_out_of_range_are_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=f"bits is {bits}; expected 2 to 8"):
         fake_quantize.apply(torch.ones(2), torch.ones(1), bits)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Any, seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+class Dividing(Written):
+    """An answer that divides by another function of the scale."""
+
+    floor, added = 0.0, 0.0
+
+    @classmethod
+    def forward(cls, ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        Written.forward(ctx, x, scale, bits)
+        return scale * (x / (scale.clamp_min(cls.floor) + cls.added)).round().clamp(ctx.low, ctx.high)
+
+
+def dividing(**values: float) -> type[Written]:
+    return type("Wrong", (Dividing,), values)
+
+
+def changed(change: Callable[..., Any]) -> type[Written]:
+    """An answer whose x, scale and bits are looked at or changed first."""
+
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        return Written.forward(ctx, x, scale, change(x, scale, bits) or bits)
+
+    return type("Wrong", (Written,), {"forward": staticmethod(forward)})
+
+
+def holding(allowed: Callable[[Tensor, Tensor], Any]) -> type[Written]:
+    def check(x: Tensor, scale: Tensor, bits: int) -> None:
+        assert bool(allowed(x, scale))
+
+    return changed(check)
+
+
+class Narrow(Written):
+    """Keeps a tensor for backward in half the bytes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        y = Written.forward(ctx, x, scale, bits)
+        if x.numel() == 256:
+            ctx.save_for_backward(x.bfloat16(), scale)
+        return y
+
+
+WRONG: dict[str, Any] = {
+    **{f"scale above {floor}": dividing(floor=floor) for floor in (1e-5, 1e-11, 1e-29)},
+    "epsilon added": dividing(added=1e-11),
+    **{
+        f"another for {wrong} bits": changed(lambda x, s, bits, w=wrong: 4 if bits == w else None)
+        for wrong in (5, 6, 7, 8)
+    },
+    "infinities refused": holding(lambda x, scale: not x.isinf().any()),
+    "some dimensions": holding(lambda x, scale: x.dim()),
+    "up to three dimensions": holding(lambda x, scale: x.dim() < 4),
+    "contiguous": holding(lambda x, scale: x.is_contiguous()),
+    "a scale for several": holding(lambda x, scale: scale.numel() < x.numel() or x.numel() < 2),
+    "kept in bfloat16": Narrow,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) -> None:
+    assert points_of(WRONG[name], seed) < found.points
+
+
+def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
+    assert points_of(Written, seed) == found.points

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization import gptq_quantize as lesson
 
-gptq_quantize = find("gptq_quantize").reference
+exercise = find("gptq_quantize")
+gptq_quantize = exercise.reference
 
 
 def dequantized(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
@@ -355,3 +359,184 @@ def test_half_precision_is_widened_before_any_product() -> None:
     found = gptq_quantize(weight, x, bits=4, group_size=12)
     expected = gptq_quantize(weight.double(), x.double(), bits=4, group_size=12)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_a_parameter_gives_results_without_gradient() -> None:
+    generator = draw(0)
+    weight, x = white(4, 12, generator).double(), white(20, 12, generator).double().requires_grad_()
+    found = gptq_quantize(torch.nn.Parameter(weight), x, bits=4, group_size=5)
+    expected = gptq_quantize(weight, x.detach(), bits=4, group_size=5)
+    assert not found[1].requires_grad
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+# ---------------------------------------------------------------------------------------------- nearly right answers
+
+Answer = Callable[..., tuple[Tensor, Tensor]]
+
+
+def blocks_of(size: int, *, ordered_only: bool = False) -> Answer:
+    """What a block leaves open does not reach the next."""
+
+    def found(*arguments: Any, act_order: bool = False, **options: Any) -> tuple[Tensor, Tensor]:
+        def reach(self: Any, t: int, group_size: int, channels: int) -> slice:
+            return slice(t + 1, channels if ordered_only and not act_order else t - t % size + size)
+
+        return lesson.variant(reach=reach)(*arguments, act_order=act_order, **options)
+
+    return found
+
+
+def scale_at_least(least: float) -> Answer:
+    def scale(self: Any, group: Tensor, top: int) -> Tensor:
+        largest = group.abs().amax(1)
+        return torch.where(largest > 0, largest / top, 1.0).float().clamp_min(least)
+
+    return lesson.variant(scale=scale)
+
+
+def damped(change: Callable[[float, float], float]) -> Answer:
+    """change(damping, mean of the diagonal) is what is added to the diagonal."""
+
+    def damp(self: Any, hessian: Tensor, damping: float) -> Tensor:
+        amount = change(damping, float(hessian.diagonal().mean())) or 1.0
+        return hessian + amount * torch.eye(len(hessian)).double()
+
+    return lesson.variant(damp=damp)
+
+
+def default_damping_where(condition: Callable[..., bool]) -> Answer:
+    def found(weight: Tensor, x: Tensor, *, damping: float = 0.01, **options: Any) -> tuple[Tensor, Tensor]:
+        if 0 < damping < math.inf and condition(weight, x, **options):
+            damping = 0.01
+        return lesson.variant()(weight, x, damping=damping, **options)
+
+    return found
+
+
+def order_by(key: Callable[[Tensor], Tensor]) -> Answer:
+    def order(self: Any, hessian: Tensor) -> Tensor:
+        return torch.argsort(key(hessian.diagonal()), stable=True)
+
+    return lesson.variant(order=order)
+
+
+def narrowed(weight: Callable[[Tensor], Tensor], x: Callable[[Tensor], Tensor]) -> Answer:
+    return lambda w, tokens, **options: lesson.variant()(weight(w), x(tokens), **options)
+
+
+def float32_product(self: Any, w: Tensor, tokens: Tensor) -> Tensor:
+    return (tokens.float().T @ tokens.float()).double()
+
+
+def float32_factor(self: Any, hessian: Tensor) -> Tensor:
+    unit = hessian / hessian.diagonal().mean()
+    inverse = torch.linalg.inv_ex(unit.float())[0]
+    return torch.linalg.cholesky_ex(inverse, upper=True)[0].double()
+
+
+def float32_values(self: Any, values: Tensor, top: int) -> Tensor:
+    return values.float().round().clamp(-top, top)
+
+
+class WideScales(lesson.Columns):
+    """Rounds with the scale before it becomes float32."""
+
+    def scale(self, group: Tensor, top: int) -> Tensor:
+        self.narrow = super().scale(group, top)
+        largest = group.abs().amax(1)
+        self.wide = torch.where(largest > 0, largest / top, 1.0)
+        return self.narrow
+
+    def code(self, values: Tensor, top: int) -> Tensor:
+        return super().code(values * self.narrow.double() / self.wide, top)
+
+
+def checking(passes: Callable[[Tensor], bool]) -> Answer:
+    """Refuses only what does not pass, of weights and inputs that hold something odd."""
+
+    def found(weight: Tensor, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        for values in (weight, x):
+            if not values.isfinite().all():
+                if not passes(values):
+                    raise ValueError(values)
+                return torch.zeros(0, dtype=torch.int8), torch.zeros(0)
+        return lesson.variant()(weight, x, **options)
+
+    return found
+
+
+def refusing(measure: Callable[[Tensor], Tensor]) -> Answer:
+    """Refuses inputs of which something is not finite."""
+
+    def found(weight: Tensor, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        if not measure(x).isfinite().all():
+            raise ValueError(x)
+        return lesson.variant()(weight, x, **options)
+
+    return found
+
+
+NEARLY: dict[str, Answer] = {
+    "blocks of 32": blocks_of(32),
+    "blocks of 64": blocks_of(64),
+    "blocks of 128": blocks_of(128),
+    "blocks of 16 with act_order": blocks_of(16, ordered_only=True),
+    "scales of at least 1e-5": scale_at_least(1e-5),
+    "scales of at least 1e-12": scale_at_least(1e-12),
+    "scales of at least the least float32 of a kind": scale_at_least(1e-20),
+    "1e-4 more": damped(lambda damping, mean: damping * mean + 1e-4),
+    "1e-12 more": damped(lambda damping, mean: damping * mean + 1e-12),
+    "1 more for a small mean": damped(lambda damping, mean: damping * mean + (mean < 0.1)),
+    "at least 1e-8": damped(lambda damping, mean: max(damping * mean, 1e-8)),
+    "a mean of at least 1e-8": damped(lambda damping, mean: damping * max(mean, 1e-8)),
+    "a mean of at most 1e8": damped(lambda damping, mean: damping * min(mean, 1e8)),
+    "damping of at least 1e-3": damped(lambda damping, mean: max(damping, 1e-3) * mean),
+    "damping of at least 1e-4": damped(lambda damping, mean: max(damping, 1e-4) * mean),
+    "damping of at most 2.5": damped(lambda damping, mean: min(damping, 2.5) * mean),
+    "damping of at most 10": damped(lambda damping, mean: min(damping, 10) * mean),
+    "default damping with act_order": default_damping_where(lambda w, x, act_order=False, **_: act_order),
+    "default damping for float64": default_damping_where(lambda w, x, **_: x.dtype == torch.float64),
+    "default damping for bfloat16": default_damping_where(lambda w, x, **_: x.dtype == torch.bfloat16),
+    "norms in float32": order_by(lambda d: -d.float()),
+    "weight in float32": narrowed(torch.Tensor.float, lambda x: x),
+    "x in float32": narrowed(lambda w: w, torch.Tensor.float),
+    "H in float32": lesson.variant(hessian=float32_product),
+    "factor in float32": lesson.variant(rows=float32_factor),
+    "w / scale in float32": lesson.variant(code=float32_values),
+    "scale in float64": WideScales().quantize,
+    "NaN let through": checking(lambda values: not values.isinf().any()),
+    "infinity let through": checking(lambda values: bool((values == math.inf).any())),
+    "-infinity let through": checking(lambda values: bool((values == -math.inf).any())),
+    "refused where the sum of x is infinite": refusing(lambda x: x.sum()),
+    "refused where a square of x is infinite": refusing(torch.square),
+}
+
+
+@pytest.mark.parametrize("name", NEARLY)
+def test_what_is_nearly_right_earns_less_than_all_points(name: str, seed: int) -> None:
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, exercise, seed)
+    assert (
+        judging.judge(runner, exercise, NEARLY[name], seed, expected, naming=False).points < exercise.points
+    )
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_an_inverse_for_each_column_costs_points_in_either_library(
+    library: str, act_order: bool, seed: int
+) -> None:
+    """Right answers that also invert as many matrices as there are columns, with or without act_order."""
+
+    def found(weight: Tensor, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        codes, scales = lesson.variant()(weight, x, **options)
+        for column in range(weight.shape[1] if options.get("act_order", False) == act_order else 0):
+            matrix = torch.eye(column + 1)
+            _ = np.linalg.inv(matrix.numpy()) if library == "numpy" else torch.linalg.inv(matrix)
+        return codes, scales
+
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, exercise, seed)
+    verdict = judging.judge(runner, exercise, found, seed, expected, naming=False)
+    assert [result.item.name for result in verdict.results if not result.agrees] == ["factorizations"]

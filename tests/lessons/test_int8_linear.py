@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization.int8_linear import Layer, variant
 
-int8_linear = find("int8_linear").reference
+exercise = find("int8_linear")
+int8_linear = exercise.reference
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -93,6 +99,13 @@ def test_a_power_of_two_in_the_loudness_comes_out_as_that_power(seed: int, loudn
     assert torch.equal(int8_linear(x * power, codes, scales), int8_linear(x, codes, scales) * power)
 
 
+@pytest.mark.parametrize("power", [-126, -120, 0, 120])
+def test_codes_are_kept_down_to_a_scale_that_is_the_smallest_normal_number(power: int) -> None:
+    x = torch.tensor([[-127.0, 3.0, 2.5, 100.0]]) * 2.0**power
+    found = int8_linear(x, torch.eye(4, dtype=torch.int8), torch.ones(4))
+    assert torch.equal(found, torch.tensor([[-127.0, 3.0, 2.0, 100.0]]) * 2.0**power)
+
+
 @pytest.mark.parametrize("zero", [0.0, -0.0, 1e-44])
 def test_a_token_of_zeros_or_next_to_it_gives_the_bias(seed: int, zero: float) -> None:
     _, codes, scales, bias = some_layer(seed, 1, 5, 12)
@@ -111,9 +124,10 @@ def test_one_product_runs_and_nothing_larger_than_the_codes_is_made(seed: int) -
     assert fake.largest_tensor_bytes == 4 * codes.nbytes
 
 
-def test_bfloat16_activations_are_widened_before_anything_else(seed: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_activations_are_widened_before_anything_else(seed: int, dtype: torch.dtype) -> None:
     x, codes, scales, bias = some_layer(seed, 4, 6, 20)
-    narrow = x.bfloat16()
+    narrow = x.to(dtype)
     found = int8_linear(narrow, codes, scales, bias)
     assert found.dtype == torch.float32
     assert torch.equal(found, int8_linear(narrow.float(), codes, scales, bias))
@@ -132,6 +146,8 @@ def test_broken_activations_are_refused(bad: float) -> None:
     [
         (lambda x, w, s, b: (x[:, 1:], w, s, b), "do not fit codes"),
         (lambda x, w, s, b: (x[None], w, s, b), "do not fit codes"),
+        (lambda x, w, s, b: (x[0], w, s, b), "do not fit codes"),
+        (lambda x, w, s, b: (x[:, 0], w[:, :3], s, b), "do not fit codes"),
         (lambda x, w, s, b: (x, w, s[:, None], b), "do not fit codes"),
         (lambda x, w, s, b: (x, w, s[1:], b), "do not fit codes"),
         (lambda x, w, s, b: (x, w, s, b[:1]), "bias"),
@@ -144,3 +160,96 @@ def test_broken_activations_are_refused(bad: float) -> None:
 def test_shapes_that_do_not_fit_are_refused(cut, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         int8_linear(*cut(*some_layer(0, 3, 4, 5)))
+
+
+def floor_of(smallest: float) -> Callable[..., Tensor]:
+    def scale(self: Layer, x: Tensor) -> Tensor:
+        return (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(smallest)
+
+    return variant(scale=scale)
+
+
+def refusing(broken: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    def refuse_values(self: Layer, x: Tensor) -> None:
+        if bool(broken(x)):
+            raise ValueError("NaN or Inf")
+
+    return variant(refuse_values=refuse_values)
+
+
+def integers_where(fits: Callable[[Tensor, Tensor], bool]) -> Callable[..., Tensor]:
+    """A product of floats for all other shapes, and it is right: the sums are below 2^53."""
+
+    def product(self: Layer, token_codes: Tensor, codes: Tensor) -> Tensor:
+        if fits(token_codes, codes):
+            return torch._int_mm(token_codes, codes.T)
+        return (token_codes.double() @ codes.double().T).int()
+
+    return variant(product=product)
+
+
+def looking_at(size: Callable[[Tensor], int], *, of: str) -> Callable[..., Tensor]:
+    """Looks at one number of the scales or of the bias, where the whole shape has to fit."""
+
+    def refuse(self: Layer, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        given = {"scales": scales, "bias": bias}
+        found = given[of]
+        if found is not None and size(found) == len(codes):
+            given[of] = torch.ones(len(codes))
+        Layer.refuse(self, x, codes, given["scales"], given["bias"])
+
+    return variant(refuse=refuse)
+
+
+def batches_flattened(x: Tensor, *arguments: Any) -> Tensor:
+    if x.dim() < 2:
+        return variant()(x[None], *arguments)[0]
+    return variant()(x.flatten(0, -2), *arguments).unflatten(0, x.shape[:-1])
+
+
+ATTACKS = {
+    **{f"floor {smallest:g}": floor_of(smallest) for smallest in (1e-8, 1e-11, 1e-20, 1e-30, 1e-37)},
+    "infinite sum": refusing(lambda x: x.sum().isinf()),
+    "sum without a value": refusing(lambda x: x.sum().isnan()),
+    "sum": refusing(lambda x: ~x.sum().isfinite()),
+    "norm": refusing(lambda x: ~x.float().norm().isfinite()),
+    "plus Inf alone": refusing(lambda x: (x.isnan() | (x == torch.inf)).any()),
+    "minus Inf alone": refusing(lambda x: (x.isnan() | (x == -torch.inf)).any()),
+    "Inf alone": refusing(lambda x: x.isinf().any()),
+    "largest value": refusing(lambda x: ~x.amax().isfinite()),
+    "first token": refusing(lambda x: ~x[0].isfinite().all()),
+    "last token": refusing(lambda x: ~x[-1].isfinite().all()),
+    "first input": refusing(lambda x: ~x[:, 0].isfinite().all()),
+    "floats where K is no multiple of 8": integers_where(lambda x, codes: x.shape[1] % 8 == 0),
+    "floats where K is odd": integers_where(lambda x, codes: x.shape[1] % 2 == 0),
+    "floats where N is odd": integers_where(lambda x, codes: len(codes) % 2 == 0),
+    "floats for an output": integers_where(lambda x, codes: len(codes) > 1),
+    "floats for a token": integers_where(lambda x, codes: len(x) > 1),
+    "floats for few tokens": integers_where(lambda x, codes: len(x) > 16),
+    "floats for many tokens": integers_where(lambda x, codes: len(x) <= 16),
+    **{
+        f"{name} of {of}": looking_at(size, of=of)
+        for of in ("scales", "bias")
+        for name, size in {"width": lambda t: t.shape[-1], "size": Tensor.numel, "length": len}.items()
+    },
+    "float16 as it is": variant(widened=lambda self, x: x if x.dtype == torch.float16 else x.float()),
+    "bfloat16 as it is": variant(widened=lambda self, x: x if x.dtype == torch.bfloat16 else x.float()),
+    "any number of dimensions": batches_flattened,
+    "one output squeezed": lambda *given: variant()(*given).squeeze(1),
+    "one token squeezed": lambda *given: variant()(*given).squeeze(0),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_answer_that_is_wrong_at_the_edge_loses_points(name: str, seed: int) -> None:
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, exercise, seed)
+    verdict = judging.judge(runner, exercise, ATTACKS[name], seed, expected, naming=False)
+    assert verdict.points < exercise.points
+
+
+def test_the_answer_that_the_attacks_are_made_of_is_right(seed: int) -> None:
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, exercise, seed)
+    verdict = judging.judge(runner, exercise, variant(), seed, expected, naming=False)
+    assert verdict.points == exercise.points, verdict.reason

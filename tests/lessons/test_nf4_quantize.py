@@ -5,15 +5,20 @@ from __future__ import annotations
 import importlib
 import math
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization import nf4_quantize as lesson
 from tests.peers import peer
 
-nf4_quantize = find("nf4_quantize").reference
+found = find("nf4_quantize")
+nf4_quantize = found.reference
 
 # Dettmers et al. 2023 (QLoRA), appendix E: the sixteen values of NF4.
 PUBLISHED = (
@@ -159,3 +164,81 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
 def test_no_values_are_refused() -> None:
     with pytest.raises(ValueError, match=r"weight is \[0, 8\]"):
         nf4_quantize(torch.zeros(0, 8))
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Any, seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+Step = Callable[..., Any]
+
+
+def stepping(**steps: Any) -> Step:
+    """An answer with some steps replaced."""
+    return lambda weight, *, block_size=64, group_size=256: lesson.written(
+        weight, block_size, group_size, **steps
+    )
+
+
+def refusing(is_bad: Callable[[Tensor], Any]) -> Step:
+    def check(weight: Tensor) -> None:
+        if weight.numel() == 0 or bool(is_bad(weight)):
+            raise ValueError("weight")
+
+    return stepping(check=check)
+
+
+def floored_maxima(floor: float) -> Step:
+    return stepping(over=lambda blocks, maxima: blocks / maxima.clamp_min(floor)[:, None])
+
+
+def floored_groups(floor: float) -> Step:
+    def of_the_maxima(maxima: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        stored, scales, offset = lesson.of_the_maxima(maxima, group_size)
+        return stored, torch.where(scales < floor, 1.0, scales), offset
+
+    return stepping(of_the_maxima=of_the_maxima)
+
+
+def sizes(allowed: Callable[[int, int], bool]) -> Step:
+    """An answer that works for some sizes of blocks and groups only."""
+
+    def answer(weight: Tensor, *, block_size: int = 64, group_size: int = 256) -> Any:
+        assert allowed(block_size, group_size)
+        return stepping()(weight, block_size=block_size, group_size=group_size)
+
+    return answer
+
+
+WRONG: dict[str, Step] = {
+    "sum": refusing(lambda w: ~w.sum().isfinite()),
+    "squares": refusing(lambda w: ~w.square().sum().isfinite()),
+    "NaN alone": refusing(lambda w: w.isnan().any()),
+    "Inf alone": refusing(lambda w: w.isinf().any()),
+    "plus Inf and NaN": refusing(lambda w: (w.isnan() | (w == torch.inf)).any()),
+    "minus Inf and NaN": refusing(lambda w: (w.isnan() | (w == -torch.inf)).any()),
+    "first block": refusing(lambda w: ~w.reshape(-1)[:64].isfinite().all()),
+    "last block": refusing(lambda w: ~w.reshape(-1)[-64:].isfinite().all()),
+    **{f"maxima above {floor}": floored_maxima(floor) for floor in (1e-5, 1e-11, 1e-30)},
+    **{f"group scales above {floor}": floored_groups(floor) for floor in (1e-5, 1e-12, 1e-30)},
+    "even blocks": sizes(lambda block, group: block % 2 == 0 or block == 1),
+    "blocks of several": sizes(lambda block, group: block > 1),
+    "groups of several": sizes(lambda block, group: group > 1),
+    "blocks up to 64": sizes(lambda block, group: block <= 64),
+    "groups up to 256": sizes(lambda block, group: group <= 256),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) -> None:
+    assert points_of(WRONG[name], seed) < found.points
+
+
+def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
+    assert points_of(stepping(), seed) == found.points

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from llmcourse import judging
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import find
+from llmcourse.lessons.quantization import quantize_kv_cache as lesson
 
-quantize_kv_cache = find("quantize_kv_cache").reference
+found = find("quantize_kv_cache")
+quantize_kv_cache = found.reference
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -244,3 +248,84 @@ def test_tokens_that_do_not_fit_or_are_broken_are_refused(spoil: Any, message: s
     cache = quantize_kv_cache(None, keys, values, **options)
     with pytest.raises(ValueError, match=message):
         quantize_kv_cache(cache, *spoil(keys, values), **options)
+
+
+# ------------------------------------------------------------------------------- answers that are wrong somewhere
+
+
+def points_of(answer: Any, seed: int) -> float:
+    """What an answer earns."""
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    return judging.judge(runner, found, answer, seed, expected, naming=False).points
+
+
+Step = Callable[..., Any]
+
+
+def refusing(is_bad: Callable[[Tensor], Any]) -> Step:
+    """An answer that refuses by another test of keys and of values."""
+
+    def refuse_values(self: Any, keys: Tensor, values: Tensor) -> None:
+        if is_bad(keys) or is_bad(values):
+            raise ValueError("values")
+
+    return lesson.variant(refuse_values=refuse_values)
+
+
+def scaled(scale_of: Callable[[Tensor], Tensor]) -> Step:
+    return lesson.variant(
+        scale=lambda self, span, bits: torch.where(span == 0, 1.0, scale_of(span / self.levels(bits)))
+    )
+
+
+def allowing(allowed: Callable[[Tensor, Tensor], bool]) -> Step:
+    """An answer that works for some keys and values only."""
+
+    def answer(cache: Any, keys: Tensor, values: Tensor, **options: int) -> Any:
+        assert keys.dim() != 3 or allowed(keys, values)
+        return lesson.variant()(cache, keys, values, **options)
+
+    return answer
+
+
+def at_most(option: str, most: int) -> Step:
+    return lambda *given, **options: lesson.variant()(
+        *given, **{**options, option: min(options[option], most)}
+    )
+
+
+WRONG: dict[str, Step] = {
+    "sum": refusing(lambda x: ~x.float().sum().isfinite()),
+    "sum as it is": refusing(lambda x: ~x.sum().isfinite()),
+    "NaN alone": refusing(lambda x: x.isnan().any()),
+    "Inf alone": refusing(lambda x: x.isinf().any()),
+    "plus Inf and NaN": refusing(lambda x: (x.isnan() | (x == torch.inf)).any()),
+    "minus Inf and NaN": refusing(lambda x: (x.isnan() | (x == -torch.inf)).any()),
+    "first head": refusing(lambda x: ~x[0].isfinite().all()),
+    "last head": refusing(lambda x: ~x[-1].isfinite().all()),
+    "first token": refusing(lambda x: ~x[:, 0].isfinite().all()),
+    "last token": refusing(lambda x: ~x[:, -1].isfinite().all()),
+    **{f"above {floor}": scaled(lambda s, floor=floor: s.clamp_min(floor)) for floor in (1e-5, 1e-11, 1e-30)},
+    **{
+        f"1 below {floor}": scaled(lambda s, floor=floor: torch.where(s < floor, 1.0, s))
+        for floor in (1e-8, 1e-30)
+    },
+    "epsilon added": scaled(lambda s: s + 1e-8),
+    "no float16": allowing(lambda keys, values: keys.dtype != torch.float16),
+    "one dtype": allowing(lambda keys, values: keys.dtype == values.dtype),
+    "several heads": allowing(lambda keys, values: len(keys) > 1),
+    "several channels": allowing(lambda keys, values: keys.shape[2] > 1),
+    "groups of 8": at_most("group_size", 8),
+    "a window of 18": at_most("window", 18),
+    **{f"at most {most} bits": at_most("bits", most) for most in (5, 6, 7)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) -> None:
+    assert points_of(WRONG[name], seed) < found.points
+
+
+def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
+    assert points_of(lesson.variant(), seed) == found.points

@@ -37,8 +37,9 @@ def affine_parameters(
 
     A code q stands for scale * (q - zero_point). Codes are lowest .. lowest + 2**bits -
     1, where lowest is -2**(bits - 1) for signed codes and 0 for unsigned ones. x has
-    any shape, strides and floating dtype of at most 32 bits. Returns (scale,
-    zero_point), 0-dim tensors of dtype float32 and int32 for all of x.
+    any shape, strides and floating dtype of at most 32 bits, and may require grad.
+    Returns (scale, zero_point) for all of x, 0-dim tensors of dtype float32 and int32
+    that do not.
 
     symmetric=False: low = min(0, least value of x) and high = max(0, largest value of
     x), so that 0 is in the range. The distance from low to high is divided into the
@@ -115,10 +116,11 @@ def every_kind(answer, x, bits):
 
 @case(affine_parameters)
 def on_both_sides_of_zero(answer, rng):
-    """Values on both sides of zero, at 2 to 8 bits, signed and unsigned, symmetric and not."""
+    """Values on both sides of zero, at 2 to 8 bits, of 1 to 4 dimensions, signed and unsigned, symmetric and not."""
     found: dict[str, Any] = {}
     for bits in range(2, 9):
-        found |= every_kind(answer, over_zero(rng, bits, rng.integer(3, 9), rng.integer(2, 7)), bits)
+        shape = [rng.integer(2, 4) for _ in range(1 + bits % 4)] if bits % 4 else [rng.integer(3, 9)]
+        found |= every_kind(answer, over_zero(rng, bits, *shape), bits)
     return found
 
 
@@ -164,7 +166,7 @@ def halfway_between_codes(answer, rng):
 
 @case(affine_parameters)
 def one_loud_value(answer, rng):
-    """Hundreds of quiet values and one loud one; a view with other strides; narrow dtypes."""
+    """Hundreds of quiet values and one loud one; a view with other strides, which requires grad; narrow dtypes."""
     quiet, loud = 0.02 * rng.normal(40, 30), settled(rng.integer(30, 80) / 10)
     quiet[rng.integer(0, 39), rng.integer(0, 29)] = loud * (1 if rng.integer(0, 1) else -1)
     low, high = sorted((0.04 * rng.integer(1, 3), quiet.abs().max().item()))
@@ -172,9 +174,12 @@ def one_loud_value(answer, rng):
     wide[::2, 1::3] = between(rng, -low, high, 5, 3)
     exact = rng.choice([(-5.25, 9.75), (-3.75, 11.25), (-9.75, 5.25)])  # 15 steps, exact in 8 bits
     narrow = between(rng, *(2.0 ** rng.integer(-3, 3) * end for end in exact), 24)
+    view = wide[::2, 1::3].T.requires_grad_()
+    scales = [scale for scale, _ in every_kind(answer, view, rng.integer(4, 8)).values()]
     return {
         "loud": [answer(quiet, 8, symmetric=True, signed=signed) for signed in (True, False)],
-        "view": [part for part, _ in every_kind(answer, wide[::2, 1::3].T, rng.integer(4, 8)).values()],
+        "view": scales,
+        "require grad": [scale.requires_grad for scale in scales],
         "bfloat16": every_kind(answer, narrow.bfloat16(), 4),
         "float16": every_kind(answer, narrow.half(), 4),
     }
@@ -190,6 +195,7 @@ def huge_and_tiny(answer, rng):
     at, below = torch.ones(1), torch.ones(1) * rng.integer(60, 90) / 100
     return {
         "huge": every_kind(answer, between(rng, -step * place / 4, step * (steps - place) / 4, 9) * 4, bits),
+        "huge and positive": every_kind(answer, rng.uniform(1e38, 3e38, 9), bits),
         "smallest normal": answer(at * tiny * steps, bits, symmetric=False, signed=False),
         "smallest normal, symmetric": answer(
             at * tiny * (2 ** (bits - 1) - 1), bits, symmetric=True, signed=True
@@ -205,10 +211,12 @@ def refusals(answer, rng):
     """Bits out of range, no values, NaN and infinities, beside x as it should be."""
     bits = rng.integer(2, 8)
     x = over_zero(rng, bits, 3, 7)
-    bad = {}
-    for name, value in (("NaN", math.nan), ("infinity", math.inf), ("negative infinity", -math.inf)):
-        bad[name] = x.clone()
-        bad[name][rng.integer(0, 2), rng.integer(0, 6)] = value
+    bad = {"both infinities": x.clone()}
+    bad["both infinities"][1, 2:4] = torch.tensor([math.inf, -math.inf])
+    for value in (math.nan, math.inf, -math.inf):
+        for place in (0, 10, 20):
+            bad[f"{value} at {place}"] = x.clone()
+            bad[f"{value} at {place}"].view(-1)[place] = value
     shape = rng.choice([(0,), (0, 4), (3, 0)])
     found = {"as it should be": every_kind(answer, x, bits)}
     for symmetric, signed in KINDS:
@@ -510,6 +518,21 @@ def infinities_accepted(x, bits, **kind):
         return 0 if math.isinf(scale) else round(lowest - low / scale)
 
     return variant(check_ends=check_ends, affine_zero=affine_zero)(x, bits, **kind)
+
+
+@mistake(
+    affine_parameters, "Finds NaN or infinities by the sum, which large finite values make infinite too."
+)
+def finite_by_the_sum(x, bits, **kind):
+    if x.numel() and not x.sum(dtype=torch.float32).isfinite():
+        raise ValueError("not finite")
+    return variant()(x, bits, **kind)
+
+
+@mistake(affine_parameters, "Returns a scale that requires grad where x does, and keeps its graph.")
+def graph_kept(x, bits, **kind):
+    scale, zero_point = variant()(x, bits, **kind)
+    return scale + 0 * x.min(), zero_point
 
 
 @mistake(

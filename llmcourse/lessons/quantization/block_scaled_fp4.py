@@ -26,7 +26,8 @@ def block_scaled_fp4(x: Tensor, *, form: str) -> tuple[Tensor, Tensor, Tensor | 
 
     x [..., K] float32 -> (packed uint8 [..., K/2], scales uint8 [..., K/block], tensor
     scale). Blocks are runs of 32 (form="mxfp4") or 16 ("nvfp4") values along the last
-    dimension. x may have any strides and is not changed.
+    dimension. x may have any strides and is not changed; it may require grad, the
+    results do not.
 
     A value is stored as the code of x / divisor. Codes 0 to 7 mean 0, 0.5, 1, 1.5, 2,
     3, 4, 6 (E2M1); 8 more is the sign. To nearest, ties to the even code; what lies
@@ -39,11 +40,11 @@ def block_scaled_fp4(x: Tensor, *, form: str) -> tuple[Tensor, Tensor, Tensor | 
     has byte 0. The tensor scale is None: there is none.
 
     "nvfp4": the tensor scale is float32 without dimensions, the largest magnitude in x
-    over 448 * 6, and 1 where that is 0. A block's scale is its largest magnitude / 6 /
-    tensor scale, rounded to E4M3 (to nearest, ties to even); the byte is its pattern,
-    as of torch.float8_e4m3fn, which may be used. divisor = tensor scale * scale as
-    stored. In a block whose divisor is 0 every code is 0. All in float32, in the order
-    written here.
+    over 448 * 6, and 1 where that is 0 (no x given has a subnormal one). A block's
+    scale is its largest magnitude / 6 / tensor scale, rounded to E4M3 (to nearest, ties
+    to even); the byte is its pattern, as of torch.float8_e4m3fn, which may be used.
+    divisor = tensor scale * scale as stored. In a block whose divisor is 0 every code
+    is 0. All in float32, in the order written here.
 
     ValueError: for another form, for no values at all, for a K that blocks do not
     divide (zeros behind it would have to be stored somewhere), for NaN or infinity.
@@ -59,7 +60,7 @@ def block_scaled_fp4(x: Tensor, *, form: str) -> tuple[Tensor, Tensor, Tensor | 
         raise ValueError(f"x is {list(x.shape)}; expected blocks of {block} along its last dimension")
     if not x.isfinite().all():
         raise ValueError("x holds NaN or infinity, which E2M1 has no code for")
-    blocks = x.unflatten(-1, (-1, block))
+    blocks = x.detach().unflatten(-1, (-1, block))
     largest = blocks.abs().amax(dim=-1, keepdim=True)
     tensor_scale = None
     if form == "mxfp4":
@@ -155,8 +156,16 @@ def nv_blocks(answer, rng):
 
 @case(block_scaled_fp4)
 def nv_any_scale(answer, rng):
-    """NVFP4 of a small matrix of normal values."""
-    return answer(rng.normal(2, 48) * rng.uniform(0.01, 3), form="nvfp4")
+    """NVFP4 of a small matrix of normal values, which requires grad; very small; very large and positive."""
+    x = rng.normal(2, 96)
+    loud = x.abs() * 2.0**124
+    found = answer((x * rng.uniform(0.01, 3)).requires_grad_(), form="nvfp4")
+    return {
+        "normal": found,
+        "require grad": [part.requires_grad for part in found],
+        "small": answer(x * 2.0**-108, form="nvfp4"),
+        **{f"large, {form}": answer(loud, form=form) for form in FORMS},
+    }
 
 
 @case(block_scaled_fp4)
@@ -171,23 +180,29 @@ def nv_quiet_blocks(answer, rng):
 
 @case(block_scaled_fp4)
 def other_shapes_and_strides(answer, rng):
-    """A vector, a batch, a transposed view and every other column, in both forms."""
+    """A vector, one block, a batch, four dimensions, a transposed view, every other column, in both forms."""
     x = with_even_scale(rng, channels(rng, 64, 4, 16))
     views = {"vector": x[0], "batch": x.reshape(4, 2, 8, 64), "transposed": x.T, "every other": x[:8, ::2]}
-    return {f"{name}, {form}": answer(view, form=form) for name, view in views.items() for form in FORMS}
+    views |= {"four dimensions": x[:8].reshape(2, 2, 2, 64), "blocks of one": x[:8, :32].reshape(2, 4, 32)}
+    found = {f"{name}, {form}": answer(view, form=form) for name, view in views.items() for form in FORMS}
+    return found | {f"one block, {form}": answer(x[0, :block], form=form) for form, block in FORMS.items()}
 
 
 @case(block_scaled_fp4)
 def refused(answer, rng):
     """Other forms, remainders, no values, NaN and infinity, beside a matrix that is as it should be."""
     x = rng.normal(4, 32)
-    bad = x.clone()
-    bad[rng.integer(0, 3), rng.integer(0, 31)] = rng.choice([torch.nan, torch.inf, -torch.inf])
+    broken = {}
+    for value in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]):
+        for place in (0, 50, 77, 126):
+            bad = x.clone()
+            bad.view(-1)[place : place + len(value)] = torch.tensor(value)
+            broken[f"{value} at {place}"] = bad
     found = {"right": answer(x, form="mxfp4")}
     for form, block in FORMS.items():
         narrow = rng.normal(2, block + block // 2)
         for name, part in {
-            "NaN": bad,
+            **broken,
             "remainder": narrow,
             "none": x[:0],
             "no K": x[:, :0],
@@ -262,6 +277,7 @@ def written(
 ):
     """A right answer in steps; a mistake replaces some of them."""
     check(x, form)
+    x = x.detach()
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // FORMS[form], FORMS[form])
     largest = amax(blocks)
     if form == "mxfp4":
@@ -513,6 +529,32 @@ def nv_divides_by_zero(x, *, form):
 )
 def nv_normal_scales_only(x, *, form):
     return written(x, form, rounded_scale=lambda scale: to_e4m3(scale.clamp(min=2**-6)))
+
+
+@mistake(
+    block_scaled_fp4,
+    "NVFP4's tensor scale is held above 1e-12: small tensors fall to E4M3's subnormals and 0.",
+)
+def nv_scale_above_a_floor(x, *, form):
+    held = {
+        "block_scale": lambda largest, tensor_scale: largest / 6 / tensor_scale.clamp(min=1e-12),
+        "nv_divisor": lambda tensor_scale, stored, wanted: tensor_scale.clamp(min=1e-12) * stored.float(),
+    }
+    packed, scales, tensor_scale = written(x, form, **held)
+    return packed, scales, tensor_scale if tensor_scale is None else tensor_scale.clamp(min=1e-12)
+
+
+@mistake(block_scaled_fp4, "Returns a tensor scale that requires grad where x does, with its graph.")
+def graph_kept(x, *, form):
+    packed, scales, tensor_scale = written(x, form)
+    return packed, scales, tensor_scale if tensor_scale is None else tensor_scale + 0 * x.reshape(-1)[0]
+
+
+@mistake(block_scaled_fp4, "Finds NaN and infinity by the sum, which large finite values make infinite too.")
+def finite_by_the_sum(x, *, form):
+    if not x.sum().isfinite():
+        raise ValueError("not finite")
+    return written(x, form)
 
 
 @mistake(block_scaled_fp4, "Blocks of 32 in both forms.")

@@ -31,7 +31,9 @@ def calibrate_clip(batches: Sequence[Tensor], weight: Tensor, *, bits: int, step
 
     The layer's output is x @ weight.T, weight [N, K]. batches hold calibration inputs
     [tokens, K], with different numbers of tokens; every token counts alike. All are of
-    any floating dtype of at most 32 bits and any strides; reckon in float32.
+    any floating dtype of at most 32 bits, any strides, and any magnitude at which
+    float32 holds the output: reckon in float32, squares and their sum in float64. They
+    may require grad; the result does not.
 
     With a clip c, top = 2**(bits - 1) - 1 and scale = c / top, an input x becomes code
     * scale, where code = x / scale, rounded to nearest, ties to even, and clamped to
@@ -62,14 +64,14 @@ def calibrate_clip(batches: Sequence[Tensor], weight: Tensor, *, bits: int, step
     largest = max((batch.abs().max().item() for batch in batches), default=0)
     if largest == 0:
         raise ValueError(f"{len(batches)} batches and no input but 0; expected some to calibrate on")
-    top = 2 ** (bits - 1) - 1
-    clips = largest * torch.arange(steps, 0, -1) / steps
-    errors = torch.zeros(steps)
+    top, matrix = 2 ** (bits - 1) - 1, weight.float().T
+    clips = torch.tensor([largest * i / steps for i in range(steps, 0, -1)])
+    errors = torch.zeros(steps, dtype=torch.float64)
     for batch in batches:
         x = batch.float()
         for index, scale in enumerate(clips / top):
             change = (x / scale).round().clamp(-top, top) * scale - x
-            errors[index] += (change @ weight.float().T).square().sum()
+            errors[index] += (change @ matrix).double().square().sum().item()
     return clips[errors.argmin()]
     ### END SOLUTION
 
@@ -172,8 +174,43 @@ def unequal_batches(answer, rng):
 
 
 @case(calibrate_clip)
+def exact_clips(answer, rng):
+    """Inputs that codes hold exactly at one clip, some half way between codes, beside a channel the layer ignores."""
+    bits, steps = rng.integer(3, 6), rng.choice([101, 127, 151])
+    top, place = 2 ** (bits - 1) - 1, rng.integer(20, 60)
+    # Codes of these are exact where the scale is place: the clip is top * place, that is largest * place / steps.
+    x, weight = rng.integers(-top, top, 40, 6).float() * place, rng.normal(7, 6)
+    x[:, 0], weight[:, 0] = rng.choice([-1, 1]) * top * steps, 0
+    # At clip 3 of 6 the ties 1/2 and 3/2 become 0 and 2, and their changes cancel in the output.
+    odd = torch.tensor([[0.5, 1.5]] * 40 + [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) * rng.choice([-1, 1])
+    ties = torch.cat([odd, torch.full((43, 1), 6.0)], 1) * 2.0 ** rng.integer(-3, 3)
+    equal = torch.tensor([[1.0, 1.0, 0.0]]) * rng.uniform(1, 2, 5, 1)
+    return {
+        "many candidates": answer([x], weight, bits=bits, steps=steps),
+        "ties": answer([ties], equal, bits=3, steps=6),
+    }
+
+
+@case(calibrate_clip)
+def any_magnitude(answer, rng):
+    """The same inputs and weight, times powers of two: quiet inputs, loud inputs, a loud weight."""
+    bits, steps = 3, rng.integer(9, 14)
+
+    def draw():
+        x = rng.normal(70, 8).abs()
+        return list((x / x.max()).split([40, 30])), rng.uniform(0.1, 2, 40, 8)
+
+    batches, weight = clear(draw, bits, steps)
+    found = {}
+    for name, loud, louder in (("quiet", -100, 0), ("loud", 123, -100), ("loud weight", -2, 122)):
+        given = [batch * 2.0**loud for batch in batches]
+        found[name] = answer(given, weight * 2.0**louder, bits=bits, steps=steps)
+    return found
+
+
+@case(calibrate_clip)
 def nothing_to_choose(answer, rng):
-    """A weight of zeros, one candidate, and inputs that codes hold exactly."""
+    """A weight of zeros, one candidate, inputs that codes hold exactly, and a single value."""
     x, weight = tailed(rng, 20, 6), rng.normal(9, 6)
     bits = rng.integer(2, 8)
     exact = rng.integers(-1, 1, 30, 6).float() * 2.0 ** rng.integer(-3, 3)
@@ -181,12 +218,14 @@ def nothing_to_choose(answer, rng):
         "zeros": answer([x, 0.5 * x], 0 * weight, bits=bits, steps=rng.integer(5, 20)),
         "one candidate": answer([x], weight, bits=bits, steps=1),
         "exact": answer([exact], weight, bits=bits, steps=rng.integer(4, 9)),
+        "one value": answer([x[:1, :1]], weight[:1, :1], bits=bits, steps=rng.integer(4, 9)),
     }
 
 
 @case(calibrate_clip)
 def views_and_dtypes(answer, rng):
-    """Transposed and narrow inputs and weights."""
+    """Transposed and narrow inputs and weights; such as require grad."""
+
     bits, steps = 4, rng.integer(9, 12)
 
     def draw():
@@ -194,7 +233,19 @@ def views_and_dtypes(answer, rng):
         return batches, rng.normal(8, 8).bfloat16().T
 
     batches, weight = clear(draw, bits, steps)
-    return {"mixed": answer(batches, weight, bits=bits, steps=steps)}
+    # With 8 bits, clip 12 of 24 is 127 and holds a prime exactly; of the clips above it, bfloat16 arithmetic takes
+    # some for exact.
+    value = torch.tensor([[254.0, rng.choice([101.0, 103.0, 107.0, 109.0, 113.0])]]) * 2.0 ** rng.integer(
+        -9, 9
+    )
+    narrow = (value * rng.choice([-1, 1])).repeat(5, 1).bfloat16().requires_grad_()
+    ignoring = torch.tensor([[0.0, 1.0], [0.0, -2.0]]).bfloat16().requires_grad_()
+    clip = answer([narrow], ignoring, bits=8, steps=24)
+    return {
+        "mixed": answer(batches, weight, bits=bits, steps=steps),
+        "bfloat16": clip,
+        "requires grad": getattr(clip, "requires_grad", None),
+    }
 
 
 @case(calibrate_clip)
@@ -207,9 +258,19 @@ def refusals(answer, rng):
         found[f"{wrong} bits"] = raised(answer, batches, weight, bits=wrong, steps=steps)
     for wrong in (0, -3):
         found[f"{wrong} steps"] = raised(answer, batches, weight, bits=bits, steps=wrong)
-    broken = {name: batches[1].clone() for name in ("nan", "inf", "-inf")}
-    for name, tensor in broken.items():
-        tensor[rng.integer(0, 29), rng.integer(0, 4)] = float(name)
+    for name, values in (
+        ("NaN", [math.nan]),
+        ("inf", [math.inf]),
+        ("-inf", [-math.inf]),
+        ("both", [math.inf, -math.inf]),
+    ):
+        for which, where in ((0, 0), (0, -2), (1, 0), (1, -2), (2, 0), (2, -2)):
+            broken = [*batches, weight]
+            broken[which] = broken[which].clone()
+            broken[which].view(-1)[where:][: len(values)] = torch.tensor(values)
+            found[f"{name} in {which} at {where}"] = raised(
+                answer, broken[:2], broken[2], bits=bits, steps=steps
+            )
     lists = {
         "no batches": [],
         "no tokens": [batches[0], torch.ones(0, 5)],
@@ -218,13 +279,10 @@ def refusals(answer, rng):
         "one value wide": [torch.ones(3, 1), batches[0]],
         "three dimensions": [torch.ones(2, 3, 5)],
         "one dimension": [torch.ones(5)],
-        **{name: [batches[0], tensor] for name, tensor in broken.items()},
     }
     for name, wrong_batches in lists.items():
         found[name] = raised(answer, wrong_batches, weight, bits=bits, steps=steps)
-    bad = weight.clone()
-    bad[rng.integer(0, 6), rng.integer(0, 4)] = rng.choice([math.nan, math.inf])
-    for name, wrong_weight in (("broken", bad), ("flat", weight[0]), ("empty", weight[:0])):
+    for name, wrong_weight in (("flat", weight[0]), ("empty", weight[:0]), ("deep", weight[None])):
         found[f"{name} weight"] = raised(answer, batches, wrong_weight, bits=bits, steps=steps)
     return found
 
@@ -517,6 +575,62 @@ def numbers_unchecked(batches, weight, *, bits, steps):
     return variant(check_numbers=lambda self, bits, steps: None)(batches, weight, bits=bits, steps=steps)
 
 
+@mistake(calibrate_clip, "Finds NaN or an infinity by a sum of squares, which refuses loud inputs too.")
+def finite_by_squares(batches, weight, *, bits, steps):
+    def check_values(self, batches, weight):
+        if not all(tensor.float().square().sum().isfinite() for tensor in (weight, *batches)):
+            raise ValueError("not finite")
+
+    return variant(check_values=check_values)(batches, weight, bits=bits, steps=steps)
+
+
+@mistake(
+    calibrate_clip, "Adds squares in float32: of loud outputs infinity, of quiet ones 0, for all candidates."
+)
+def squares_in_float32(batches, weight, *, bits, steps):
+    def error(self, change, x, clip):
+        return float(change.square().sum())
+
+    return variant(error=error)(batches, weight, bits=bits, steps=steps)
+
+
+@mistake(calibrate_clip, "Holds the scale above 1e-8: for quiet inputs all candidates are the same.")
+def scale_held_above_a_floor(batches, weight, *, bits, steps):
+    def change(self, x, clip, bits):
+        return Calibration.change(self, x, max(clip, 1e-8 * self.top(bits)), bits)
+
+    return variant(change=change)(batches, weight, bits=bits, steps=steps)
+
+
+@mistake(
+    calibrate_clip, "Reckons codes in the inputs' dtype: bfloat16 has no room for 8 bits and a fraction."
+)
+def codes_in_bfloat16(batches, weight, *, bits, steps):
+    def change(self, x, clip, bits):
+        found = Calibration.change(self, x, clip, bits)
+        return found.float()
+
+    def behind(self, x, change, weight):
+        return change @ weight.float().T
+
+    return variant(used=lambda self, batches: list(batches), change=change, behind=behind)(
+        batches, weight, bits=bits, steps=steps
+    )
+
+
+@mistake(calibrate_clip, "Rounds ties up, not to the even code.")
+def ties_up(batches, weight, *, bits, steps):
+    return variant(rounded=lambda self, codes: (codes + 0.5).floor())(batches, weight, bits=bits, steps=steps)
+
+
+@mistake(
+    calibrate_clip, "Returns a clip with the graph of its inputs, which is kept alive with all candidates."
+)
+def graph_kept(batches, weight, *, bits, steps):
+    clip = variant()(batches, weight, bits=bits, steps=steps)
+    return clip + 0 * sum(batch.float().abs().max() for batch in batches)
+
+
 @mistake(
     calibrate_clip,
     "Leaves shapes that do not fit to the product, whose error is a RuntimeError or none at all.",
@@ -549,10 +663,10 @@ def candidate_by_candidate(batches, weight, *, bits, steps):
     calibrate_clip, "Never sees an output: the squared change is a quadratic form of weight.T @ weight"
 )
 def by_the_gram_matrix(batches, weight, *, bits, steps):
-    gram = weight.float().T @ weight.float() if weight.dim() == 2 else None
+    gram = weight.double().T @ weight.double() if weight.dim() == 2 else None
 
     def error(self, change, x, clip):
-        return float(((change @ gram) * change).double().sum())
+        return float(((change.double() @ gram) * change).sum())
 
     return variant(behind=lambda self, x, change, weight: change, error=error)(
         batches, weight, bits=bits, steps=steps
@@ -565,11 +679,11 @@ def all_at_once(batches, weight, *, bits, steps):
         raise ValueError("numbers or batches")
     if any(b.dim() != 2 or b.shape[1] != weight.shape[1] or not len(b) for b in batches) or not len(weight):
         raise ValueError("shapes")
-    x, top = torch.cat([batch.float() for batch in batches]), 2 ** (bits - 1) - 1
+    x, top = torch.cat([batch.detach().float() for batch in batches]), 2 ** (bits - 1) - 1
     if not (x.isfinite().all() and weight.isfinite().all()) or not x.any():
         raise ValueError("values")
-    clips = x.abs().amax() * torch.arange(1, steps + 1) / steps
+    clips = (x.abs().amax().double() * torch.arange(1, steps + 1) / steps).float()
     scales = (clips / top).view(-1, 1, 1)
     changes = torch.clamp(torch.round(x / scales), -top, top) * scales - x
-    errors = (changes @ weight.float().T).square().flatten(1).sum(1)
+    errors = (changes @ weight.detach().float().T).double().square().flatten(1).sum(1)
     return clips[errors == errors.min()].max()

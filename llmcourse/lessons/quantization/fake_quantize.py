@@ -32,12 +32,13 @@ class fake_quantize(torch.autograd.Function):
     """Values of x as a quantizer of `bits` bits would give them back, trainable in x
     and in the scale; about 20 lines.
 
-    fake_quantize.apply(x, scale, bits): x float32 or float64 of any shape, scale of x's
-    dtype and of a shape that broadcasts to x's with as many dimensions ([N, 1] beside
-    [N, K]: one a row; [1, K]; [1, 1]) or without dimensions; bits an int, 2 to 8.
+    fake_quantize.apply(x, scale, bits): x float32 or float64 of any shape with values
+    and any strides, scale of x's dtype and of a shape that broadcasts to x's with as
+    many dimensions ([N, 1] beside [N, K]: one a row; [1, K]; [1, 1]; [N, K]) or without
+    dimensions, of any magnitude; bits an int, 2 to 8.
     Result: scale * clamp(round(x / scale), low, high) with low = -2^(bits - 1) and high
     = 2^(bits - 1) - 1, rounding to nearest, ties to even; shape and dtype of x. NaN in
-    x stays NaN.
+    x stays NaN, and an infinity is clamped.
 
     Backward, for a gradient g of the result: rounding counts as if it were not there
     (straight through), clamping counts. "Inside" is low <= x / scale <= high, before
@@ -75,7 +76,7 @@ class fake_quantize(torch.autograd.Function):
         ratio = x / scale
         clamped = ratio.clamp(ctx.low, ctx.high)
         inside = ratio == clamped
-        for_x = gradient * inside if ctx.needs_input_grad[0] else None
+        for_x = torch.where(inside, gradient, 0.0) if ctx.needs_input_grad[0] else None
         for_scale = None
         if ctx.needs_input_grad[1]:
             slope = torch.where(inside, ratio.round() - ratio, clamped)
@@ -106,7 +107,13 @@ def drawn(rng, bits, rows=5, n=9, shape=None, dtype=torch.float32):
     place = rng.uniform(0.05, 0.4, rows, n) * (2 * rng.integers(0, 1, rows, n) - 1)
     code[0, :4] = torch.tensor([low, low, high, high])
     place[0, :4] = torch.tensor([-0.3, 0.3, 0.3, -0.3])
-    return (code + place).to(dtype) * scale, scale, rng.normal(rows, n, dtype=dtype)
+    g = rng.normal(rows, n, dtype=dtype)
+    if (
+        scale.numel() == 1
+    ):  # one sum for all: none of its terms cancels another, or rounding would be all that is left
+        ratio = code + place
+        g = g.abs() * torch.where((ratio < low) | (ratio > high), ratio, -place).sign().to(dtype)
+    return (code + place).to(dtype) * scale, scale, g
 
 
 def trained(answer, x, scale, bits, g):
@@ -119,9 +126,9 @@ def trained(answer, x, scale, bits, g):
 
 @case(fake_quantize)
 def scale_of_each_row(answer, rng):
-    """A scale a row, at a low and at a high number of bits."""
+    """A scale a row, at 3 to 8 bits."""
     found = {}
-    for bits in (3, 8):
+    for bits in (3, 5, 6, 7, 8):
         x, scale, g = drawn(rng, bits)
         found[str(bits)] = trained(answer, x, scale, bits, g)
     return found
@@ -129,13 +136,20 @@ def scale_of_each_row(answer, rng):
 
 @case(fake_quantize)
 def other_shapes_of_scale(answer, rng):
-    """One scale for all, with and without dimensions, one a column; a batch of matrices."""
+    """One scale for all, one a column, one a value; x of no, one, three and four dimensions; x with other strides."""
     found = {}
-    for shape in ((), (1, 1), (1, 9)):
+    for shape in ((), (1, 1), (1, 9), (5, 9)):
         x, scale, g = drawn(rng, 4, shape=shape)
         found[str(shape)] = trained(answer, x, scale, 4, g)
     x, scale, g = drawn(rng, 4, rows=6, n=8)
     batch = x.reshape(2, 3, 8), scale.reshape(2, 3, 1), 4, g.reshape(2, 3, 8)
+    found["transposed"] = trained(answer, x.T, scale.T, 4, g.T)
+    one = drawn(rng, 4, shape=())
+    found["no dimensions"] = trained(answer, one[0][0, 5], one[1], 4, one[2][0, 5])
+    found["one dimension"] = trained(answer, one[0][0], one[1].reshape(1), 4, one[2][0])
+    x, scale, g = (part.reshape(5, 3, 3, 1) for part in drawn(rng, 4, shape=(5, 9)))
+    of_channels = scale[:1, :, :1].contiguous()
+    found["four dimensions"] = trained(answer, x / scale * of_channels, of_channels, 4, g)
     return {**found, "batch": trained(answer, *batch)}
 
 
@@ -148,12 +162,16 @@ def two_bits(answer, rng):
 
 @case(fake_quantize)
 def ties_and_edges(answer, rng):
-    """Values exactly half way between two codes, exactly on the last codes, and far outside."""
+    """Values exactly half way between two codes, on the last codes, and far outside; tiny and huge scales."""
     bits = rng.integer(3, 6)
     low, high = ends(bits)
     scale = torch.tensor([[0.5], [2.0], [0.25]])
     ratio = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, low, high, low - 0.5, high + 0.5, 1e6, -1e6, 0.0])
-    return trained(answer, ratio * scale, scale, bits, rng.normal(3, 13))
+    found = {}
+    for power in (-100, 0, 90):
+        loud = scale * 2.0**power
+        found[f"times 2^{power}"] = trained(answer, ratio * loud, loud, bits, rng.normal(3, 13))
+    return found
 
 
 @case(fake_quantize)
@@ -185,25 +203,38 @@ def changed_between(answer, rng):
 
 @case(fake_quantize)
 def refused(answer, rng):
-    """Bits out of range, and a scale that is 0, negative, NaN or infinite, beside NaN in x, which is kept."""
+    """Bits out of range, a scale that is 0, negative, NaN or infinite, beside NaN and infinities in x."""
     x, scale, g = drawn(rng, 4)
-    x[1, rng.integer(0, 8)] = torch.nan
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf), 1):
+        x[row, rng.integer(0, 8)] = value
     found = {f"{bits} bits": raised(answer.apply, x, scale, bits) for bits in (-1, 0, 1, 9, 16)}
-    for bad in (0.0, -0.1, torch.nan, torch.inf):
-        one_bad = scale.clone()
-        one_bad[rng.integer(0, 4)] = bad
-        found[f"scale {bad}"] = raised(answer.apply, x, one_bad, 4)
-    return {"NaN in x": answer.apply(x, scale, 4), **found}
+    for bad in (0.0, -0.1, torch.nan, torch.inf, -torch.inf):
+        for row in (0, 2, 4):
+            one_bad = scale.clone()
+            one_bad[row] = bad
+            found[f"scale {bad} in row {row}"] = raised(answer.apply, x, one_bad, 4)
+    return {"NaN and infinities in x": answer.apply(x, scale, 4), **found}
+
+
+def bytes_in(value):
+    """Bytes of the tensors and arrays in a value, and in what it contains."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return sum(bytes_in(part) for part in value)
+    return getattr(value, "nbytes", 0)
 
 
 @cost(fake_quantize, share=1 / 6)
 def kept_for_backward(answer, rng):
     """Bytes that stay between forward and backward."""
-    x, scale, _ = drawn(rng, 4, rows=4, n=64)
+    x, scale, g = drawn(rng, 4, rows=4, n=64)
     x.requires_grad_(), scale.requires_grad_()
     with saved_bytes() as kept:
         y = answer.apply(x, scale, 4)
-    return {"bytes kept for backward": kept.total_bytes, "result, bytes": (y.nbytes, float("inf"))}
+    kept_bytes = kept.total_bytes + bytes_in(vars(y.grad_fn))
+    y.backward(g)
+    return {"observed": [x.grad, scale.grad], "bytes kept for backward": kept_bytes}
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -471,6 +502,23 @@ class KeepsIntermediates(Written):
         return asked(ctx, gradients(Kept, gradient))
 
 
+@mistake(fake_quantize, "Keeps x / scale as an attribute of ctx beside the saved tensors.")
+class KeepsRatio(Written):
+    @staticmethod
+    def forward(ctx, x, scale, bits):
+        y = Written.forward(ctx, x, scale, bits)
+        ctx.ratio = x / scale
+        return y
+
+
+@mistake(fake_quantize, "Divides by scale + 1e-8: where scales are small, all codes are too low.")
+class EpsilonAdded(Written):
+    @staticmethod
+    def forward(ctx, x, scale, bits):
+        Written.forward(ctx, x, scale, bits)
+        return scale * (x / (scale + 1e-8)).round().clamp(ctx.low, ctx.high)
+
+
 @alternative(fake_quantize, "Lets autograd differentiate a clamp and a straight-through sum, inside backward")
 class ByAutograd(Written):
     @staticmethod
@@ -508,5 +556,5 @@ class WithSetupContext(torch.autograd.Function):
         inside = ((ratio >= ctx.low) & (ratio <= ctx.high)).to(x.dtype)
         parts = gradient * (torch.clamp(torch.round(ratio), ctx.low, ctx.high) - inside * ratio)
         dims = [d for d in range(x.dim()) if scale.dim() == 0 or scale.shape[d] == 1]
-        summed = parts.sum(dim=dims, keepdim=True).reshape(scale.shape)
+        summed = parts.sum(dim=dims, keepdim=True).reshape(scale.shape) if dims else parts
         return asked(ctx, [gradient * inside, summed * (scale.numel() / x.numel() / ctx.high) ** 0.5])

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import numpy.linalg
 import torch
 from torch import Tensor
 
-from llmcourse.counting import TensorWork
+from llmcourse.counting import TensorWork, calls
 from llmcourse.exercise import Rng, alternative, case, cost, excuse, exercise, mistake, raised
 
 Quantized = tuple[Tensor, Tensor]
+NUMPYS = ("cholesky", "eig", "eigh", "inv", "lstsq", "pinv", "qr", "solve", "svd")
 
 
 @exercise(
     points=5,
-    minutes=20,
+    minutes=30,
     extension=True,
     hints=(
         "When a column is closed, the best change of the open ones is a row of the inverse of the part of H that is "
@@ -38,10 +41,11 @@ def gptq_quantize(
     """Round a layer column by column so that its output x @ weight.T changes little;
     about 30 lines.
 
-    weight [N, K], x [T, K]: the layer [out, in] and the inputs it was calibrated with,
-    of any float dtypes. Let D [N, K] be codes * scales - weight, and H = x.T @ x with
-    damping * mean(diagonal of H) added to its diagonal (1 if x is all zeros). What is
-    to be small, for each row d of D, is d @ H @ d.
+    weight [N, K], x [T, K]: the layer [out, in], which may be an nn.Parameter, and the
+    inputs it was calibrated with, of any float dtypes and any magnitude that float32
+    holds. Let D [N, K] be codes * scales - weight. H is x.T @ x with damping * mean(its
+    diagonal) added to its diagonal; if x is all zeros, H is the identity matrix. What
+    is to be small, for each row d of D, is d @ H @ d.
 
     Columns are closed one after the other, from first to last; with act_order=True from
     the largest diagonal entry of H to the smallest (the lower column first on a tie).
@@ -56,15 +60,15 @@ def gptq_quantize(
     anything moves ("static groups"). A code is w / scale, with the float32 scale, to
     the nearest integer, ties to even (torch.round), then clamped to +-(2^(bits-1) - 1).
 
-    Calculate in float64: in float32 a value near a tie may fall on its other side, and
-    its whole row goes on differently. Whole matrices are factorised, inverted or solved
-    a few times in all, not once a column, and no tensor is larger than [max(N, T, K),
-    K] in float64: either costs points.
+    Calculate in float64 throughout: in float32 a value near a tie may fall on its other
+    side, and little damping leaves H too close to singular. Matrices are factorised,
+    inverted or solved at most 8 times in all, not once a column, and no tensor is
+    larger than [max(N, T, K), K] in float64: either costs points.
 
     Returns (codes int8 [N, K] in the columns' original order, scales float32 [N, ceil(K
-    / group_size)]). ValueError for bits outside 2..8, group_size below 1, damping that
-    is not finite and above 0, a weight or x that is not a matrix, that is empty or
-    holds NaN or infinity, or when their K differ.
+    / group_size)]), without gradient. ValueError for bits outside 2..8, group_size
+    below 1, damping that is not finite and above 0, a weight or x that is not a matrix,
+    that is empty or holds NaN or infinity, or when their K differ.
 
     Frantar et al. 2022 (arXiv 2210.17323), eq. 2-4 and algorithm 1.
     """
@@ -79,13 +83,13 @@ def gptq_quantize(
         )
     if not (weight.isfinite().all() and x.isfinite().all()):
         raise ValueError("NaN or infinity in weight or x; expected finite values")
-    w, tokens = weight.double().clone(), x.double()
+    w, tokens = weight.detach().double().clone(), x.detach().double()
     channels, top = w.shape[1], 2 ** (bits - 1) - 1
 
     hessian = tokens.T @ tokens
-    order = list(range(channels))
+    order = torch.arange(channels)
     if act_order:
-        order.sort(key=lambda channel: -hessian[channel, channel].item())
+        order = torch.argsort(-hessian.diagonal(), stable=True)
     hessian.diagonal().add_(damping * hessian.diagonal().mean().item() or 1)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -101,7 +105,7 @@ def gptq_quantize(
     if act_order:
         for start in starts:
             find_scales(start)
-    for step, column in enumerate(order):
+    for step, column in enumerate(order.tolist()):
         if column in starts and not act_order:
             find_scales(column)
         scale = scales[:, column // group_size]
@@ -136,14 +140,27 @@ def correlated(rng: Rng, tokens: int, channels: int) -> Tensor:
     return rng.normal(tokens, channels) @ factor.T + rng.uniform(0.5, 1.5, channels)
 
 
-def low_rank(rng: Rng, tokens: int, channels: int) -> Tensor:
-    """Activations in a space of a quarter of the channels' dimensions: [tokens, channels]."""
-    return rng.normal(tokens, channels // 4) @ rng.normal(channels // 4, channels)
+def fading(rng: Rng, tokens: int, channels: int) -> Tensor:
+    """Activations each direction of which is 0.6 times as loud as the one before: [tokens, channels]."""
+    return rng.normal(tokens, channels) * 0.6 ** torch.arange(channels) @ rng.normal(channels, channels)
+
+
+def with_one(rng: Rng, values: Tensor, value: float) -> Tensor:
+    """A copy with one value replaced, anywhere."""
+    found = values.clone()
+    found[rng.integer(0, len(found) - 1), rng.integer(0, found.shape[1] - 1)] = value
+    return found
+
+
+def equally_loud(rng: Rng, tokens: int, channels: int) -> Tensor:
+    """Signs, 1 or 2 times, of which columns resemble each other: the diagonal of H is exact, and holds 2 values."""
+    signs = (rng.normal(tokens, channels) + rng.normal(tokens, 1)).sign()
+    return signs * torch.tensor(rng.shuffled(i % 2 + 1.0 for i in range(channels)))
 
 
 @case(gptq_quantize)
 def independent_channels(answer, rng):
-    """Each token excites one channel alone, weights lie on ties: nothing can make up for an error."""
+    """Each token excites one channel alone, so nothing is made up for; weights lie on ties or just beside."""
     rows, channels, bits = rng.integer(5, 7), rng.integer(13, 15), rng.integer(3, 5)
     top = 2 ** (bits - 1) - 1
     # A group's largest weight is top / 8, so that every scale is exactly 1/8 and halves of it are ties.
@@ -152,40 +169,69 @@ def independent_channels(answer, rng):
     x = torch.diag(spread(rng, channels, 2))[rng.shuffled(range(channels))]
     codes, scales = answer(weight, x, bits=bits, group_size=4)
     ordered = answer(weight, x, bits=bits, group_size=4, act_order=True)
-    return {"codes": codes, "scales": scales, "act order": ordered}
+    # Beside a tie by less than float32 can tell, towards the odd code, which a tie does not go to.
+    odd = torch.where((weight * 8).floor() % 2 == 0, 1, -1) * (weight * 16 % 2 == 1)
+    beside = answer(weight.double() + odd * 2.0**-32, x, bits=bits, group_size=4)
+    # Ties of a scale that float32 rounds: 1 / top.
+    ties = weight.double() * 8 * torch.tensor(1 / top)
+    ties[:, ::4] = 1
+    rounded = answer(ties, x, bits=bits, group_size=4)
+    return {"codes": codes, "scales": scales, "act order": ordered, "beside": beside, "rounded": rounded}
 
 
 @case(gptq_quantize)
 def one_scale_a_row(answer, rng):
-    """Inputs of low rank, then white ones; one scale serves a row."""
+    """Inputs that are nearly of low rank with hardly any damping, then white ones; one scale serves a row."""
     rows, channels = rng.integer(28, 32), 4 * rng.integer(5, 7)
     weight = rng.normal(rows, channels)
-    low, white = low_rank(rng, 60, channels), rng.normal(60, channels)
+    low, white = fading(rng, 60, channels), rng.normal(60, channels)
     return {
-        "low rank": answer(weight, low, bits=3, group_size=channels),
+        "low rank": answer(weight, low, bits=3, group_size=channels, damping=3e-4),
         "white": answer(weight, white, bits=4, group_size=channels),
     }
 
 
 @case(gptq_quantize)
 def groups_with_a_remainder(answer, rng):
-    """Correlated inputs that are not centred; columns in groups of 8, and some left over."""
-    rows, channels = rng.integer(10, 14), rng.integer(26, 30)
+    """Correlated inputs that are not centred, of few channels and of many; in groups of 8, and some columns over."""
+    rows, channels, many = rng.integer(10, 14), rng.integer(26, 30), rng.integer(140, 143)
     weight, x = rng.normal(rows, channels), correlated(rng, 80, channels)
+    wide, few = rng.normal(4, many), correlated(rng, 20, many)
     return {
-        "3 bits": answer(weight, x, bits=3, group_size=8),
-        "4 bits": answer(weight, x * 100, bits=4, group_size=8, damping=rng.integer(5, 10) / 100),
+        "little damping": answer(weight, x, bits=3, group_size=8, damping=1e-5),
+        "much damping": answer(weight, x, bits=4, group_size=8, damping=rng.integer(20, 40)),
+        "many channels": answer(wide, few, bits=3, group_size=8),
     }
 
 
 @case(gptq_quantize)
 def loud_channels_first(answer, rng):
-    """act_order with some loud channels among correlated ones: in groups, and with one scale a row."""
+    """act_order with some loud channels among correlated ones, with channels of equal and of nearly equal norm."""
     rows, channels = rng.integer(10, 14), rng.integer(26, 30)
     weight, x = rng.normal(rows, channels), correlated(rng, 80, channels) * spread(rng, channels, 3)
+    equal = equally_loud(rng, 40, channels)
+    nearly = equal * (
+        1 + torch.arange(channels).double() * 2.0**-30
+    )  # among equals the last is now the loudest
+    options = {"bits": 4, "group_size": channels, "act_order": True}
     return {
         "groups": answer(weight, x, bits=3, group_size=8, act_order=True),
-        "rows": answer(weight, x, bits=4, group_size=channels, act_order=True),
+        "damping": answer(weight, x, **options, damping=rng.integer(30, 40) / 100),
+        "equal": answer(weight, equal, **options),
+        "nearly equal": answer(weight, nearly, **options),
+    }
+
+
+@case(gptq_quantize)
+def any_magnitude(answer, rng):
+    """Weights and inputs times powers of two: float32 holds them, but not their squares, and some sums."""
+    rows, channels = rng.integer(9, 12), rng.integer(17, 20)
+    weight, x = rng.normal(rows, channels), correlated(rng, 60, channels)
+    return {
+        "small inputs": answer(weight, x * 2.0**-90, bits=3, group_size=7),
+        "large inputs": answer(weight, x.abs() * 2.0**120, bits=4, group_size=7, act_order=True),
+        "small weights": answer(weight * 2.0**-90, x, bits=4, group_size=7),
+        "large weights": answer(weight * 2.0**120, x, bits=3, group_size=7, act_order=True),
     }
 
 
@@ -214,20 +260,24 @@ def the_fewest_and_the_most(answer, rng):
         "2 bits": answer(weight, x, bits=2, group_size=channels + 3),
         "8 bits": answer(weight[:1], x, bits=8, group_size=6, damping=1e-3),
         "one token": answer(weight, one, bits=3, group_size=channels, damping=2.5),
-        "one column": answer(weight, x, bits=5, group_size=1),
+        "groups of one": answer(weight, x, bits=rng.integer(5, 7), group_size=1),
+        "one column": answer(weight[:, :1], x[:, :1], bits=4, group_size=1, act_order=True),
     }
 
 
 @case(gptq_quantize)
 def other_layouts(answer, rng):
-    """A transposed weight and every other token of a buffer; bfloat16; float64 that must stay as it is."""
+    """A parameter; a transposed weight and every other token of a buffer; bfloat16; float64, and all mixed."""
     rows, channels = rng.integer(9, 12), rng.integer(17, 20)
     weight, x = rng.normal(channels, rows).T, correlated(rng, 120, channels)
+    codes, scales = answer(torch.nn.Parameter(weight), x.clone().requires_grad_(), bits=3, group_size=5)
     wide, narrow = weight.double(), weight.bfloat16()
     return {
+        "parameter": [codes, scales, scales.requires_grad],
         "views": answer(weight, x[::2], bits=3, group_size=7),
-        "bfloat16": answer(narrow, x.bfloat16(), bits=4, group_size=channels),
-        "float64": answer(wide, x.double(), bits=3, group_size=channels),
+        "bfloat16": answer(narrow, x.bfloat16(), bits=4, group_size=channels, damping=0.2),
+        "float64": answer(wide, x.double(), bits=3, group_size=channels, damping=0.4),
+        "mixed": answer(weight.half(), x.double(), bits=4, group_size=9, act_order=True),
     }
 
 
@@ -237,10 +287,7 @@ def refusals(answer, rng):
     channels = rng.integer(9, 12)
     weight, x = rng.normal(6, channels), correlated(rng, 30, channels)
     options = {"bits": rng.integer(2, 4), "group_size": rng.integer(3, 5)}
-    broken = weight.clone()
-    broken[rng.integer(0, 5), rng.integer(0, 8)] = rng.choice([math.nan, math.inf, -math.inf])
-    loud = x.clone()
-    loud[rng.integer(0, 29), rng.integer(0, 8)] = rng.choice([math.nan, math.inf])
+    odd = {"NaN": math.nan, "infinity": math.inf, "-infinity": -math.inf}
     tried: dict[str, tuple[Tensor, Tensor, dict[str, Any]]] = {
         "1 bit": (weight, x, {"bits": 1}),
         "9 bits": (weight, x, {"bits": 9}),
@@ -250,8 +297,8 @@ def refusals(answer, rng):
         "damping below 0": (weight, x, {"damping": -0.01}),
         "infinite damping": (weight, x, {"damping": math.inf}),
         "damping NaN": (weight, x, {"damping": math.nan}),
-        "weight not finite": (broken, x, {}),
-        "x not finite": (weight, loud, {}),
+        **{f"{name} in weight": (with_one(rng, weight, value), x, {}) for name, value in odd.items()},
+        **{f"{name} in x": (weight, with_one(rng, x, value), {}) for name, value in odd.items()},
         "another K": (weight, x[:, 1:], {}),
         "vectors": (weight[0], x[0], {}),
         "x of three axes": (weight, x[None], {}),
@@ -265,20 +312,21 @@ def refusals(answer, rng):
 
 @cost(gptq_quantize, share=1 / 6)
 def factorizations(answer, rng):
-    """Factorizations, inverses and solutions of whole matrices, and the largest tensor."""
-    rows, channels, tokens = 16, 24, 40
+    """Factorizations, inverses and solutions of matrices, and the largest tensor; without act_order, then with."""
+    rows, channels, tokens = 8, 12, 20
     weight, x = rng.normal(rows, channels), correlated(rng, tokens, channels)
-    with TensorWork() as work:
-        answer(weight, x, bits=4, group_size=8)
-    words = ("cholesky", "linalg", "inverse", "solve", "lu_", "qr")
-    counted = sum(
-        count
-        for name, count in work.calls.items()
-        if any(word in name for word in words) and "norm" not in name
-    )
+    words, counted, largest_bytes = ("cholesky", "linalg", "inverse", "solve", "lu_", "qr"), 0, 0
+    for act_order in (False, True):
+        with ExitStack() as stack:
+            numpys = [stack.enter_context(calls(numpy.linalg, name)) for name in NUMPYS]
+            work = stack.enter_context(TensorWork())
+            answer(weight, x, bits=4, group_size=4, act_order=act_order)
+        torchs = [name for name in work.calls.elements() if any(word in name for word in words)]
+        here = sum("norm" not in name for name in torchs) + sum(one.calls for one in numpys)
+        counted, largest_bytes = max(counted, here), max(largest_bytes, work.largest_tensor_bytes)
     return {
         "factorizations": (counted, 8),
-        "largest tensor, bytes": (work.largest_tensor_bytes, 8 * channels * tokens),
+        "largest tensor, bytes": (largest_bytes, 8 * channels * tokens),
     }
 
 
@@ -297,6 +345,9 @@ def check(weight: Tensor, x: Tensor, bits: int, group_size: int, damping: float)
 
 class Columns:
     """A right answer in small steps, on columns in the order of closing; a mistake replaces some of them."""
+
+    def plain(self, given: Tensor) -> Tensor:
+        return given.detach()
 
     def hessian(self, w: Tensor, tokens: Tensor) -> Tensor:
         return tokens.T @ tokens
@@ -353,9 +404,9 @@ class Columns:
         act_order: bool = False,
     ) -> Quantized:
         check(weight, x, bits, group_size, damping)
-        original, top = weight.double(), self.top(bits)
+        original, top = self.plain(weight).double(), self.top(bits)
         channels = original.shape[1]
-        hessian = self.hessian(original, x.double())
+        hessian = self.hessian(original, self.plain(x).double())
         order = self.order(hessian) if act_order else torch.arange(channels)
         rows = self.rows(self.damp(hessian, damping)[order][:, order])
         moved, group = original[:, order], order // group_size
@@ -482,6 +533,17 @@ def within_the_group(*arguments, **options):
 
 @mistake(
     gptq_quantize,
+    "Works in blocks of 128 columns, and what a block leaves open never reaches the blocks behind it.",
+)
+def within_the_block(*arguments, **options):
+    def reach(self, t, group_size, channels):
+        return slice(t + 1, t - t % 128 + 128)
+
+    return variant(reach=reach)(*arguments, **options)
+
+
+@mistake(
+    gptq_quantize,
     "Finds the scales of all groups from the original weights: by the time a group is reached its weights have moved, "
     "and they are clipped or waste codes.",
 )
@@ -505,6 +567,18 @@ def scale_by_the_power(*arguments, **options):
     def scale(self, group, top):
         largest = group.abs().amax(1)
         return torch.where(largest > 0, largest / (top + 1), 1.0).float()
+
+    return variant(scale=scale)(*arguments, **options)
+
+
+@mistake(
+    gptq_quantize,
+    "Takes 1 for every scale below 1e-5, not only for 0: what small weights a group has are all rounded to 0.",
+)
+def small_scales_are_1(*arguments, **options):
+    def scale(self, group, top):
+        found = (group.abs().amax(1) / top).float()
+        return torch.where(found < 1e-5, 1.0, found)
 
     return variant(scale=scale)(*arguments, **options)
 
@@ -550,6 +624,43 @@ def h_in_half_precision(*arguments, **options):
     return variant(hessian=hessian)(*arguments, **options)
 
 
+@mistake(
+    gptq_quantize,
+    "Calculates in float32: with little damping the inverse is noise, and the squares of large inputs overflow.",
+)
+def single_precision(weight, x, **options):
+    check(weight, x, options["bits"], options["group_size"], options.get("damping", 0.01))
+
+    def hessian(self, w, tokens):
+        return (tokens.float().T @ tokens.float()).nan_to_num()
+
+    def rows(self, hessian):
+        inverse = torch.linalg.inv_ex(hessian.float())[0]
+        return torch.linalg.cholesky_ex(inverse, upper=True)[0].double()
+
+    return variant(hessian=hessian, rows=rows)(weight.float(), x.float(), **options)
+
+
+@mistake(
+    gptq_quantize,
+    "Adds 1e-6 to H besides the damping, for safety: inputs that are small enough lose all they have in common.",
+)
+def damped_absolutely_too(*arguments, **options):
+    def damp(self, hessian, damping):
+        amount = damping * float(hessian.diagonal().mean()) + 1e-6
+        return hessian + amount * torch.eye(len(hessian), dtype=hessian.dtype)
+
+    return variant(damp=damp)(*arguments, **options)
+
+
+@mistake(
+    gptq_quantize,
+    "Follows the weight with a graph: a parameter's scales need a gradient, and keep every step of the way in memory.",
+)
+def with_a_graph(*arguments, **options):
+    return variant(plain=lambda self, given: given)(*arguments, **options)
+
+
 @mistake(gptq_quantize, "With act_order the codes stay in the order in which their columns were closed.")
 def order_not_undone(*arguments, **options):
     return variant(undo=lambda self, codes, order: codes)(*arguments, **options)
@@ -569,6 +680,17 @@ def always_from_first_to_last(*arguments, act_order=False, **options):
 @mistake(gptq_quantize, "Closes the quietest column first.")
 def quietest_first(*arguments, **options):
     return variant(order=lambda self, hessian: torch.argsort(hessian.diagonal()))(*arguments, **options)
+
+
+@mistake(
+    gptq_quantize,
+    "Turns an ascending order around: of columns that are equally loud the last now comes first.",
+)
+def ties_turned_around(*arguments, **options):
+    def order(self, hessian):
+        return torch.argsort(hessian.diagonal(), stable=True).flip(0)
+
+    return variant(order=order)(*arguments, **options)
 
 
 @mistake(
@@ -631,7 +753,7 @@ def factored_backwards(*arguments, **options):
 )
 def solved_at_each_step(weight, x, *, bits, group_size, damping=0.01, act_order=False):
     check(weight, x, bits, group_size, damping)
-    plain, original = Columns(), weight.double()
+    plain, original, x = Columns(), weight.detach().double(), x.detach()
     hessian = plain.damp(x.double().T @ x.double(), damping)
     opened = plain.order(hessian).tolist() if act_order else list(range(weight.shape[1]))
     closed: list[int] = []
@@ -660,7 +782,7 @@ def lazy_batches(weight, x, *, bits, group_size, damping=0.01, act_order=False):
     if act_order:
         return variant()(weight, x, bits=bits, group_size=group_size, damping=damping, act_order=True)
     check(weight, x, bits, group_size, damping)
-    plain, w, batch = Columns(), weight.double().clone(), 6
+    plain, w, x, batch = Columns(), weight.detach().double().clone(), x.detach(), 6
     upper, top = plain.rows(plain.damp(x.double().T @ x.double(), damping)), plain.top(bits)
     codes, scales = [], []
     for begin in range(0, w.shape[1], batch):

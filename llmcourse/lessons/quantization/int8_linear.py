@@ -14,7 +14,7 @@ from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistak
 
 @exercise(
     points=3,
-    minutes=12,
+    minutes=18,
     forbid=("torch.quantize_per_tensor", "torch.quantize_per_channel", "torch.quantize_per_tensor_dynamic"),
     hints=(
         "y[t, n] is a sum over k. Write x as code times scale and W as code times scale, and pull out of the sum what "
@@ -26,22 +26,23 @@ from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistak
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + bias with a product of integers; about 12 lines.
 
-    x [T, K] of any float dtype, codes [N, K] int8 (-128..127) with scales [N]: W[n, k]
-    is scales[n] * codes[n, k]; bias [N] or None. Returns y [T, N], always float32. K is
-    at least 2 and no tensor need be contiguous.
+    x [T, K] float32, bfloat16 or float16; codes [N, K] int8 (-128..127) with scales [N]
+    float32: W[n, k] is scales[n] * codes[n, k]; bias [N] float32 or None. Returns y
+    [T, N], always float32. K is at least 2 and no tensor need be contiguous.
 
     Each token t, a row of x taken as float32, is quantized by itself, symmetrically, to
     int8: its scale is max|x[t]| / 127, its codes are x[t] / scale, rounded to nearest,
-    ties to even (torch.round). A token of zeros gives the bias alone; however quiet
-    another token is, it keeps its 8 bits. The products are added up in int32, which
-    holds 132,104 of them, and only the sums meet the scales. The bias stays what it is.
+    ties to even (torch.round). A token of zeros gives the bias alone; any other keeps
+    its 8 bits, loud or quiet, down to scales of 2^-126, the smallest normal float32.
+    The products are added up in int32, which holds 132,104 of them, and only the sums
+    meet the scales. The bias stays what it is.
 
     ValueError when x or codes is empty, when x holds NaN or Inf, and when a shape is
-    not as above.
+    not as above (one token is [1, K]).
 
-    For a third of the points: one call of torch._int_mm, which multiplies int8 [T, K]
-    by int8 [K, N] into int32, is the only matrix product, and no tensor that is made
-    has more bytes than codes.
+    For a third of the points: whatever T, K and N are, one call of torch._int_mm, which
+    multiplies int8 [T, K] by int8 [K, N] into int32, is the only matrix product; and
+    where codes has far more bytes than x and y, no tensor that is made has more.
     """
     ### BEGIN SOLUTION
     outputs, inputs = codes.shape
@@ -53,9 +54,9 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
         raise ValueError(f"bias {list(bias.shape)}; expected [{outputs}]")
     if x.numel() == 0 or outputs == 0:
         raise ValueError(f"x {list(x.shape)} and codes {list(codes.shape)}; expected values in both")
+    x = x.float()
     if not x.isfinite().all():
         raise ValueError("x holds NaN or Inf; no scale covers them")
-    x = x.float()
     token_scales = (x.abs().amax(dim=1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     token_codes = (x / token_scales).round().to(torch.int8)
     # Of K = 1 torch 2.13 makes garbage on a CPU: it takes the strides of [1, N] for those of a transposed matrix.
@@ -90,7 +91,7 @@ def a_weight(rng, outputs, inputs):
 
 @case(int8_linear)
 def white_tokens(answer, rng):
-    """Normal values, without a bias and with one, and a single token."""
+    """Normal values, without a bias and with one; a single token, a single output, two inputs and an odd number."""
     tokens, outputs, inputs = rng.integer(3, 6), rng.integer(7, 12), 2 * rng.integer(10, 16)
     x, bias = away_from_ties(rng.normal(tokens, inputs)), rng.normal(outputs)
     codes, scales = a_weight(rng, outputs, inputs)
@@ -98,6 +99,10 @@ def white_tokens(answer, rng):
         "without a bias": answer(x, codes, scales),
         "with a bias": answer(x, codes, scales, bias),
         "one token": answer(x[:1], codes, scales, bias),
+        "one output": answer(x, codes[:1], scales[:1], bias[:1]),
+        "one number": answer(x[:1], codes[:1], scales[:1]),
+        "two inputs": answer(away_from_ties(x[:, :2]), codes[:, :2], scales, bias),
+        "odd inputs": answer(away_from_ties(x[:, 1:]), codes[:, 1:], scales, bias),
     }
 
 
@@ -113,11 +118,11 @@ def as_many_tokens_as_channels(answer, rng):
 
 @case(int8_linear)
 def loud_quiet_and_silent(answer, rng):
-    """Tokens a million times as loud, tokens of a billionth, and tokens of zeros."""
+    """Tokens 2^100 times as loud, tokens of a 2^100th, and tokens of zeros."""
     tokens, outputs, inputs = rng.integer(3, 5), rng.integer(6, 9), rng.integer(17, 24)
     x, bias = away_from_ties(rng.normal(tokens, inputs)), rng.normal(outputs)
     codes, scales = a_weight(rng, outputs, inputs)
-    loudness = torch.tensor([1e6, 1e-9, 0.0]).repeat_interleave(tokens)[:, None]
+    loudness = torch.tensor([2.0**100, 2.0**-100, 0.0]).repeat_interleave(tokens)[:, None]
     y = answer(torch.cat([x, x, x]) * loudness, codes, scales)
     return {
         "loud": y[:tokens],
@@ -130,12 +135,14 @@ def loud_quiet_and_silent(answer, rng):
 
 @case(int8_linear)
 def values_between_two_codes(answer, rng):
-    """Scales that are powers of two, so that halves are halves, through a weight that shows the codes."""
+    """Scales that are powers of two, from 2^-125 to 2^120, so that halves are halves; the weight shows the codes."""
     inputs = rng.integer(14, 18)
-    x = rng.integers(-126, 125, 4, inputs) + rng.choice([0.5, -0.5])
-    x[:, 0] = torch.tensor([127.0, -127.0, 127.0, -127.0])
-    x = x * 2.0 ** rng.integers(-6, 6, 4, 1)
-    return {"y": answer(x.float(), torch.eye(inputs, dtype=torch.int8), torch.ones(inputs))}
+    x = rng.integers(-126, 125, 6, inputs) + rng.choice([0.5, -0.5])
+    x[:, 0] = torch.tensor([127.0, -127.0, 127.0, -127.0, -127.0, 127.0])
+    x[4:] = x[4:].abs()  # finite, and its sum is not
+    powers = torch.cat([rng.integers(-6, 6, 4, 1), torch.tensor([[-125], [120]])])
+    y = answer((x * 2.0**powers).float(), torch.eye(inputs, dtype=torch.int8), torch.ones(inputs))
+    return {"around 1": y[:4], "2^-125": y[4], "2^120": y[5]}
 
 
 @case(int8_linear)
@@ -150,18 +157,32 @@ def many_inputs_of_one_sign(answer, rng):
 
 
 @case(int8_linear)
-def bfloat16_and_views(answer, rng):
-    """Activations in bfloat16; then x and codes that are transposed or cut out of something larger."""
+def narrow_floats_and_views(answer, rng):
+    """Activations in bfloat16 and float16; then x and codes that are transposed or cut out of something larger."""
     tokens, outputs, inputs = rng.integer(3, 5), rng.integer(6, 9), rng.integer(18, 30)
     x = away_from_ties(rng.normal(tokens, inputs, dtype=torch.bfloat16))
+    half = away_from_ties(
+        (rng.normal(tokens, inputs) * 2.0**-12).half()
+    )  # float16 holds such scales in 7 bits
     codes, scales = a_weight(rng, outputs, inputs)
     transposed = away_from_ties(rng.normal(inputs, tokens).T)
     return {
         "bfloat16": answer(x, codes, scales, rng.normal(outputs)),
+        "float16": answer(half, codes, scales),
         "x transposed": answer(transposed, codes, scales),
         "codes cut": answer(transposed[:, 3:-2], codes[:, 3:-2], scales),
         "codes transposed": answer(transposed, codes.T.contiguous().T, scales),
     }
+
+
+BROKEN = [(value, place) for value in (torch.nan, torch.inf, -torch.inf) for place in (0, 20, -1)]
+
+
+def broken(x, value, place):
+    """x with one value replaced, at a place counted over all of x."""
+    x = x.clone()
+    x.view(-1)[place] = value
+    return x
 
 
 @case(int8_linear)
@@ -170,18 +191,20 @@ def refused_inputs(answer, rng):
     tokens, outputs, inputs = rng.integer(3, 5), rng.integer(6, 9), rng.integer(18, 30)
     x, bias = away_from_ties(rng.normal(tokens, inputs)), rng.normal(outputs)
     codes, scales = a_weight(rng, outputs, inputs)
-    broken = x.clone()
-    broken[rng.integer(0, tokens - 1), rng.integer(0, inputs - 1)] = rng.choice(
-        [torch.inf, -torch.inf, torch.nan]
-    )
+    both = x.clone()
+    both[1, :2] = torch.tensor([torch.inf, -torch.inf])
     arguments = {
-        "NaN or Inf": (broken, codes, scales),
+        **{f"{value} at {place}": (broken(x, value, place), codes, scales) for value, place in BROKEN},
+        "Inf beside -Inf": (both, codes, scales),
+        "x one token": (x[0], codes, scales),
         "x too narrow": (x[:, 1:], codes, scales),
         "x in batches": (x[None], codes, scales),
         "scales a column": (x, codes, scales[:, None]),
+        "scales a row": (x, codes, scales[None]),
         "one scale": (x, codes, scales[:1]),
         "bias too short": (x, codes, scales, bias[:1]),
         "bias a row": (x, codes, scales, bias[None]),
+        "bias a column": (x, codes, scales, bias[:, None]),
         "no token": (x[:0], codes, scales),
         "no input": (x[:, :0], codes[:, :0], scales),
         "no output": (x, codes[:0], scales[:0]),
@@ -194,16 +217,22 @@ def refused_inputs(answer, rng):
 
 @cost(int8_linear, share=1 / 3)
 def one_product_of_integers(answer, rng):
-    """The matrix products of a layer with a larger weight, and the largest tensor that is made on the way."""
-    x, bias = away_from_ties(rng.normal(4, 64)), rng.normal(96)
-    codes, scales = a_weight(rng, 96, 64)
-    with TensorWork() as work:
-        y = answer(x, codes, scales, bias)
+    """The matrix products of layers with larger weights, and the largest tensor that is made on the way."""
+    observed, calls_off, other_flops, largest = [], 0, 0, 0.0
+    for tokens, outputs, inputs in [(4, 96, 64), (17, 160, 144), (3, 61, 51), (1, 40, 30), (6, 1, 2)]:
+        x, bias = away_from_ties(rng.normal(tokens, inputs)), rng.normal(outputs)
+        codes, scales = a_weight(rng, outputs, inputs)
+        with TensorWork() as work:
+            observed.append(answer(x, codes, scales, bias))
+        calls_off += abs(work.calls["aten._int_mm"] - 1)
+        other_flops += work.flops
+        if outputs > 1:  # else x has more bytes than codes
+            largest = max(largest, work.largest_tensor_bytes / codes.nbytes)
     return {
-        "observed": y,
-        "calls of torch._int_mm missing or too many": (abs(work.calls["aten._int_mm"] - 1), 0),
-        "operations in other matrix products": (work.flops, 0),
-        "largest tensor made, bytes": (work.largest_tensor_bytes, codes.nbytes),
+        "observed": observed,
+        "calls of torch._int_mm missing or too many": (calls_off, 0),
+        "operations in other matrix products": (other_flops, 0),
+        "largest tensor made, in sizes of codes": (largest, 1),
     }
 
 
@@ -534,6 +563,30 @@ def scale_in_bfloat16(*arguments, **options):
 )
 def broken_values_let_through(*arguments, **options):
     return variant(refuse_values=lambda self, x: None)(*arguments, **options)
+
+
+@mistake(
+    int8_linear,
+    "Looks for NaN alone: Inf makes the scale of its token infinite, and every code of it 0 or garbage.",
+)
+def infinities_let_through(*arguments, **options):
+    def refuse_values(self, x):
+        if x.isnan().any():
+            raise ValueError("NaN")
+
+    return variant(refuse_values=refuse_values)(*arguments, **options)
+
+
+@mistake(
+    int8_linear,
+    "Looks for NaN and Inf in the sum of x: large values are finite and their sum is not, so right inputs are refused.",
+)
+def finite_by_the_sum(*arguments, **options):
+    def refuse_values(self, x):
+        if not x.float().sum().isfinite():
+            raise ValueError("NaN or Inf")
+
+    return variant(refuse_values=refuse_values)(*arguments, **options)
 
 
 @mistake(

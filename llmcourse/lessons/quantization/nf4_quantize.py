@@ -26,9 +26,10 @@ def nf4_quantize(
     """weight in NF4 with double quantization: (packed, maxima, group scales, offset);
     about 20 lines.
 
-    weight float32 of any shape and strides, n values in the order of their indices (the
-    last one fastest), not changed. Blocks are runs of block_size values in that order,
-    over the ends of rows; the last may be short.
+    weight float32 of any shape, strides and magnitude (subnormals aside), n values in
+    the order of their indices (the last one fastest), not changed. It may require grad;
+    the results do not. Blocks are runs of block_size values in that order, over the
+    ends of rows; the last may be short.
 
     packed uint8 [ceil(n/2)]: a code 0..15 for each value, two a byte, the even index in
     the low half; where n is odd the half left over is 0. The code is that of the level
@@ -66,7 +67,7 @@ def nf4_quantize(
     def runs(values: Tensor, size: int) -> Tensor:
         return torch.nn.functional.pad(values, (0, -len(values) % size)).reshape(-1, size)
 
-    blocks = runs(weight.reshape(-1), block_size)
+    blocks = runs(weight.detach().reshape(-1), block_size)
     maxima = blocks.abs().amax(dim=1)
     ratio = (blocks / maxima[:, None]).nan_to_num(0.0)  # 0 / 0 in a block of zeros
     codes = torch.bucketize(ratio, middles).to(torch.uint8).flatten()[: weight.numel()]
@@ -165,13 +166,16 @@ def normal_weights(answer, rng):
 
 @case(nf4_quantize)
 def more_than_256_blocks(answer, rng):
-    """A weight of 260 blocks at the default sizes: two groups."""
-    return answer(planted(rng, 130, 128, [256, 4], 64))
+    """A weight of 260 blocks at the default sizes, two groups; and in one group of blocks of two."""
+    return {
+        "two groups": answer(planted(rng, 130, 128, [256, 4], 64)),
+        "one group": answer(planted(rng, 130, 4, [260], 2), block_size=2, group_size=300),
+    }
 
 
 @case(nf4_quantize)
 def short_ends(answer, rng):
-    """Rows that blocks do not divide, a short last block, a short last group, an odd number of values."""
+    """Rows that blocks do not divide, short last blocks and groups, odd sizes, one value, sizes of one."""
     whole = planted(rng, 1, 23 * 16, [8, 8, 7], 16)[0]
     largest = int(whole[-16:].abs().argmax())
     whole[[-16, largest - 16]] = whole[
@@ -180,42 +184,59 @@ def short_ends(answer, rng):
     return {
         "odd": answer(whole[: 7 * 51].reshape(7, 51), block_size=16, group_size=8),
         "even": answer(whole[:362].reshape(2, 181), block_size=16, group_size=8),
-        "one": answer(whole[:1], block_size=16, group_size=8),
+        "one": answer(whole[0].reshape(()), block_size=16, group_size=8),
+        "blocks of 7": answer(planted(rng, 6, 7, [6], 7), block_size=7, group_size=3),
+        "blocks of one": answer(whole[:6].reshape(2, 3), block_size=1, group_size=1),
+        "blocks of 128": answer(planted(rng, 2, 256, [4], 128), block_size=128, group_size=4),
     }
 
 
 @case(nf4_quantize)
 def zeros_and_equal_blocks(answer, rng):
-    """Blocks of zeros among others, maxima that are all equal, and a weight of zeros."""
+    """Blocks of zeros among others, maxima that are all equal or half way between codes, and a weight of zeros."""
     ratio = ratios(rng, 8, 16)
     maxima = torch.tensor([0, 254, 0, 127, 254, 127, 127, 127]) * 2.0**-10  # 127 on average
     equal = ratio * rng.integer(20, 60) / 64
+    halves = torch.tensor(rng.shuffled([127.0, -127.0, 0.5, -0.5, 1.5, -1.5, 2.5, -2.5]))
+    ties = ratio * (512 + halves)[:, None] * 2.0 ** -rng.integer(8, 12)
     return {
         "some": answer(ratio * maxima[:, None], block_size=16, group_size=4),
         "equal": answer(equal, block_size=16, group_size=4),
+        "ties": answer(ties, block_size=16, group_size=8),
         "all": answer(torch.zeros(3, 10), block_size=8, group_size=2),
     }
 
 
 @case(nf4_quantize)
 def other_shapes_and_strides(answer, rng):
-    """A transposed view, every other column, a vector and a batch."""
+    """A transposed view, every other column, a vector, a batch, four dimensions; a Parameter; all magnitudes."""
     block = rng.choice([8, 16])
     weight = planted(rng, 12, 2 * block, [6, 6, 6, 6], block)
     wide = torch.stack([weight, rng.normal(12, 2 * block)], dim=-1).flatten(1)
     tall = weight.T.contiguous().T
     found = {"transposed": tall, "every other": wide[:, ::2], "vector": weight.reshape(-1)}
     found["batch"] = weight.reshape(2, 6, 2 * block)
-    return {name: answer(part, block_size=block, group_size=6) for name, part in found.items()}
+    found["four dimensions"] = weight.reshape(2, 6, 2, block)
+    found["Parameter"] = torch.nn.Parameter(weight)
+    results = {name: answer(part, block_size=block, group_size=6) for name, part in found.items()}
+    few = planted(rng, 4, 64, [4], 64).abs()
+    for power in (-110, 124):
+        results[f"times 2^{power}"] = answer(few * 2.0**power, block_size=64, group_size=4)
+    return {**results, "require grad": [part.requires_grad for part in results["Parameter"]]}
 
 
 @case(nf4_quantize)
 def refused(answer, rng):
     """No values, NaN and infinity, beside a weight that is as it should be."""
     weight = planted(rng, 4, 32, [4], 32)
-    bad = weight.clone()
-    bad[rng.integer(0, 3), rng.integer(0, 31)] = rng.choice([torch.nan, torch.inf, -torch.inf])
-    found = {"none": raised(answer, weight[:0]), "not finite": raised(answer, bad)}
+    found = {"none": raised(answer, weight[:0])}
+    for value in (torch.nan, torch.inf, -torch.inf):
+        for place in (0, 70, 127):
+            bad = weight.clone()
+            bad.view(-1)[place] = value
+            found[f"{value} at {place}"] = raised(answer, bad)
+    bad[0, :2] = torch.tensor([torch.inf, -torch.inf])
+    found["both infinities"] = raised(answer, bad)
     return {"right": answer(weight, block_size=32, group_size=4), **found}
 
 
@@ -295,7 +316,7 @@ def written(
 ):
     """A right answer in steps; a mistake replaces some of them."""
     check(weight)
-    values = flat(weight)
+    values = flat(weight.detach())
     blocks = padded(values, block_size)
     maxima = largest(blocks)
     found = codes(over(blocks, maxima), levels_of() if levels is None else levels)
@@ -563,6 +584,44 @@ def launders_nan(weight, *, block_size=64, group_size=256):
     return written(weight.nan_to_num(0.0), block_size, group_size)
 
 
+@mistake(nf4_quantize, "Finds NaN or infinity by the norm, whose squares are infinite for large weights too.")
+def finite_by_the_norm(weight, *, block_size=64, group_size=256):
+    def check(weight):
+        if weight.numel() == 0 or not weight.norm().isfinite():
+            raise ValueError("weight")
+
+    return written(weight, block_size, group_size, check=check)
+
+
+@mistake(
+    nf4_quantize, "Divides by maximum + 1e-8 against blocks of zeros: small weights all get the code of 0."
+)
+def epsilon_added(weight, *, block_size=64, group_size=256):
+    return written(
+        weight, block_size, group_size, over=lambda blocks, maxima: blocks / (maxima + 1e-8)[:, None]
+    )
+
+
+@mistake(nf4_quantize, "Rounds the maxima's ties up, not to even.")
+def ties_up(weight, *, block_size=64, group_size=256):
+    def steps(maxima, group_size):
+        offset = maxima.mean()
+        groups = padded(maxima - offset, group_size)
+        scales = in_scales(groups)
+        codes = (groups / scales[:, None] + 0.5).floor()
+        return codes.to(torch.int8).reshape(-1)[: len(maxima)], scales, offset
+
+    return written(weight, block_size, group_size, of_the_maxima=steps)
+
+
+@mistake(
+    nf4_quantize, "Returns scales and an offset that require grad where the weight does, with its graph."
+)
+def graph_kept(weight, *, block_size=64, group_size=256):
+    packed, stored, scales, offset = written(weight, block_size, group_size)
+    return packed, stored, scales, offset + 0 * weight.reshape(-1)[0]
+
+
 @mistake(nf4_quantize, "No values give empty results, and the mean of none: NaN.")
 def empty_accepted(weight, *, block_size=64, group_size=256):
     if weight.numel() == 0:
@@ -594,7 +653,7 @@ def by_distance(weight, *, block_size=64, group_size=256):
 def block_by_block(weight, *, block_size=64, group_size=256):
     check(weight)
     levels = levels_of()
-    parts = weight.reshape(-1).split(block_size)
+    parts = weight.detach().reshape(-1).split(block_size)
     maxima = torch.stack([part.abs().max() for part in parts])
     codes = [nearest(part / (top if top > 0 else 1), levels) for part, top in zip(parts, maxima, strict=True)]
     offset = maxima.double().mean().float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,11 @@ def quantize_kv_cache(
     bits; about 25 lines.
 
     cache: None at first, then what an earlier call returned; keys, values [H, T, D], T
-    >= 1 new tokens of H heads, as attention will use them, in any float dtype.
-    Arguments are not changed: two continuations can share one cache. Returns, for all n
-    tokens so far, in order, what was appended in one call or in many:
+    >= 1 new tokens of H heads, as attention will use them, each in a float dtype of at
+    most 32 bits, of any strides and magnitude (subnormals aside). Arguments are not
+    changed: two continuations can share one cache. Keys and values may require grad,
+    what is returned does not. Returns, for all n tokens so far, in order, what was
+    appended in one call or in many:
 
         key_codes    uint8 [H, a, D]               value_codes    uint8 [H, b, D]
         key_scales   float32 [H, a/group_size, D]  value_scales   float32 [H, b]
@@ -78,6 +81,8 @@ def quantize_kv_cache(
         )
     if not (keys.isfinite().all() and values.isfinite().all()):
         raise ValueError("keys or values hold NaN or Inf; no scale covers them")
+
+    keys, values = keys.detach(), values.detach()
 
     def quantized(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codes like x, and scales and minima without the dimension dim, over which each is taken."""
@@ -155,9 +160,9 @@ def runs(rng, tokens, longest):
 
 @case(quantize_kv_cache)
 def a_long_prompt(answer, rng):
-    """A prompt of several groups and some tokens more, at once, in 2 bits."""
-    tokens = 4 * 8 + 5 + rng.integer(1, 6)
-    return {"cache": answer(None, *keys_and_values(rng, tokens), bits=2, group_size=8, window=5)}
+    """A prompt of several groups and some tokens more, at once, in 2, 6 and 7 bits."""
+    prompt = keys_and_values(rng, 4 * 8 + 5 + rng.integer(1, 6))
+    return {str(bits): answer(None, *prompt, bits=bits, group_size=8, window=5) for bits in (2, 6, 7)}
 
 
 @case(quantize_kv_cache)
@@ -193,6 +198,9 @@ def in_runs(answer, rng):
         "groups of one": appended(
             answer, keys, values, sizes, bits=8, group_size=1, window=rng.integer(4, 9)
         ),
+        "one head, one channel": appended(
+            answer, keys[:1, :, :1], values[:1, :, :1], sizes, bits=5, group_size=12, window=30
+        ),
     }
 
 
@@ -213,20 +221,28 @@ def two_continuations(answer, rng):
 
 @case(quantize_kv_cache)
 def bfloat16_and_views(answer, rng):
-    """Keys and values in bfloat16; then keys and values that were cut out of one projection."""
+    """Keys and values in bfloat16, float16, and one of each, which require grad; cut out of one projection."""
     options = {"bits": 4, "group_size": 4, "window": rng.integer(3, 6)}
     narrow_keys, narrow_values = keys_and_values(rng, 30, dtype=torch.bfloat16)
     both = torch.stack(keys_and_values(rng, rng.integer(20, 30)), dim=-1).transpose(0, 1).contiguous()
     keys, values = both.transpose(0, 1).unbind(dim=-1)
+    half_keys, half_values = keys_and_values(rng, 30, dtype=torch.float16)
+    sizes = runs(rng, 30, 12)
+    mixed = appended(
+        answer, half_keys.float().requires_grad_(), half_values.requires_grad_(), sizes, **options
+    )
     return {
         "bfloat16": appended(answer, narrow_keys, narrow_values, runs(rng, 30, 12), **options),
+        "float16": appended(answer, half_keys, half_values.detach(), sizes, **options),
+        "float32 and float16": mixed,
+        "require grad": [part.requires_grad for part in mixed.values()],
         "views": appended(answer, keys, values, runs(rng, keys.shape[1], 12), **options),
     }
 
 
 @case(quantize_kv_cache)
 def flat_and_halfway(answer, rng):
-    """Channels and tokens of one value throughout, and values in the middle between two codes."""
+    """Channels and tokens of one value throughout, values in the middle between two codes; at three magnitudes."""
     heads, channels, bits = 2, 8, rng.integer(2, 4)
     keys = rng.integers(0, 2**bits - 2, heads, 16, channels) + 0.5
     keys[:, ::8], keys[:, 1::8] = 0.0, 2**bits - 1.0  # scale 1 in groups of 8
@@ -234,7 +250,11 @@ def flat_and_halfway(answer, rng):
     keys[:, :, rng.integer(0, channels - 1)] = rng.choice([0.0, 3.0, -7.0])
     values = keys[:, :8].transpose(1, 2).repeat(1, 2, 1).contiguous()
     values[:, rng.integer(0, 7)] = rng.choice([0.0, 5.0, -0.5])
-    return {"cache": answer(None, keys, values, bits=bits, group_size=8, window=0)}
+    # Keys in the upper half of float32's range: their sum and their squares are infinite, their spans are not.
+    given = {"as they are": (keys, values), "quiet": (keys * 2.0**-110, values * 2.0**-110)}
+    loud = 2.0 ** (126 - math.frexp(max(keys.abs().max().item(), values.abs().max().item()))[1])
+    given["loud"] = keys.abs() * loud, values.abs() * loud
+    return {name: answer(None, *parts, bits=bits, group_size=8, window=0) for name, parts in given.items()}
 
 
 @case(quantize_kv_cache)
@@ -243,12 +263,18 @@ def refused_inputs(answer, rng):
     heads, channels = rng.choice(SIZES)
     keys, values = keys_and_values(rng, 14, heads=heads, channels=channels)
     options = {"bits": 4, "group_size": 4, "window": rng.integer(1, 3)}
-    broken = keys.clone()
-    broken[heads - 1, 13, rng.integer(0, channels - 1)] = rng.choice([torch.nan, torch.inf, -torch.inf])
+    broken = {}
+    for value in ([torch.nan], [torch.inf], [-torch.inf], [torch.inf, -torch.inf]):
+        for place in (0, keys.numel() // 2, keys.numel() - 2):
+            bad = keys.clone()
+            bad.view(-1)[place : place + len(value)] = torch.tensor(value)
+            broken[f"keys {value} at {place}"] = (None, bad, values)
+            broken[f"values {value} at {place}"] = (None, values, bad)
     cache = answer(None, keys, values, **options)
     given = {
-        "keys broken": (None, broken, values),
-        "values broken": (cache, values, broken),
+        **broken,
+        "keys broken": (cache, bad, values),
+        "values broken": (cache, values, bad),
         "fewer values": (None, keys, values[:, 1:]),
         "narrower values": (None, keys, values[..., 1:]),
         "no token": (cache, keys[:, :0], values[:, :0]),
@@ -317,7 +343,7 @@ class Cache:
         self.refuse_values(keys, values)
 
     def refuse_values(self, keys: Tensor, values: Tensor) -> None:
-        if not torch.isfinite(torch.cat([keys, values])).all():
+        if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
             raise ValueError("NaN or Inf")
 
     def levels(self, bits: int) -> int:
@@ -336,6 +362,9 @@ class Cache:
         scale = self.scale(x.amax(dim=dim, keepdim=True) - least, bits)
         codes = self.rounded((x - least) / scale).to(torch.uint8)
         return codes, scale.squeeze(dim), least.squeeze(dim)
+
+    def taken(self, tokens: Tensor) -> Tensor:
+        return tokens.detach()
 
     def leaving(self, recent: int, group_size: int, window: int) -> tuple[int, int]:
         """How many keys and how many values are to be quantized of `recent` ones."""
@@ -368,6 +397,7 @@ class Cache:
         window: int,
     ) -> dict[str, Tensor]:
         self.refuse(cache, keys, values, bits, group_size, window)
+        keys, values = self.taken(keys), self.taken(values)
         if cache is not None:
             keys = torch.cat([cache["recent_keys"], keys], dim=1)
             values = torch.cat([cache["recent_values"], values], dim=1)
@@ -758,6 +788,31 @@ def broken_values_let_through(*arguments, **options):
     return variant(refuse_values=lambda self, keys, values: None)(*arguments, **options)
 
 
+@mistake(quantize_kv_cache, "Finds NaN and Inf by a sum of squares, which loud keys make infinite too.")
+def finite_by_squares(*arguments, **options):
+    def refuse_values(self, keys, values):
+        if not all(part.float().square().sum().isfinite() for part in (keys, values)):
+            raise ValueError("NaN or Inf")
+
+    return variant(refuse_values=refuse_values)(*arguments, **options)
+
+
+@mistake(quantize_kv_cache, "Holds scales above 1e-8: quiet groups get one code for all their values.")
+def scale_held_above_a_floor(*arguments, **options):
+    def scale(self, span, bits):
+        return torch.where(span == 0, 1.0, (span / self.levels(bits)).clamp_min(1e-8))
+
+    return variant(scale=scale)(*arguments, **options)
+
+
+@mistake(
+    quantize_kv_cache,
+    "Caches tokens with their graph: every step of training or of a prompt stays in memory.",
+)
+def graph_kept(*arguments, **options):
+    return variant(taken=lambda self, tokens: tokens)(*arguments, **options)
+
+
 @mistake(quantize_kv_cache, "Takes any number of bits: from 9 on, codes wrap in a byte.")
 def any_bits(*arguments, **options):
     def refuse(self, cache, keys, values, bits, group_size, window):
@@ -781,6 +836,7 @@ def looped(cache, keys, values, *, bits, group_size, window):
     layer = Cache()
     layer.refuse(cache, keys, values, bits, group_size, window)
     heads, _, channels = keys.shape
+    keys, values = keys.detach(), values.detach()
     if cache is None:
         none = torch.empty(heads, 0, channels)
         cache = dict(
