@@ -1,4 +1,4 @@
-"""Every lesson as its reader sees it: the worked notebook, Run All, nothing on stderr, every report green."""
+"""Every lesson as its reader sees it: Run All of the worked notebook, every report green, every widget moves."""
 
 from __future__ import annotations
 
@@ -57,10 +57,32 @@ def test_a_worked_lesson_runs_from_top_to_bottom(page: Any, lab: Lab, path: Path
     page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=LIMIT_MS)
 
     photograph(page, path.stem)
+    move_every_widget(page, json.loads(path.read_text(encoding="utf-8")))
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     verdicts = [one.get_attribute("data-verdict") for one in page.locator(".llmcourse-report").all()]
     assert verdicts == re.findall(r"data-verdict='([^']+)'", path.read_text(encoding="utf-8"))
+
+
+def move_every_widget(page: Any, notebook: dict[str, Any]) -> None:
+    """The first slider of each cell that shows a widget, moved until its picture is another."""
+    shown = [
+        one for one in notebook["cells"] if re.search(r"^widgets\.", "".join(one["source"]), re.MULTILINE)
+    ]
+    cells = page.locator(".jp-Notebook .jp-CodeCell", has=page.locator(".noUi-handle"))
+    assert cells.count() == len(shown)
+    for place in range(len(shown)):
+        target = cells.nth(place)
+        picture = target.locator("img").first
+        picture.wait_for()
+        before = picture.get_attribute("src")
+        target.locator(".noUi-handle").first.focus()
+        for _ in range(4):
+            page.keyboard.press("ArrowRight")
+        page.wait_for_function(
+            "([cell, before]) => { const i = cell.querySelector('img'); return i && i.src && i.src !== before }",
+            arg=[target.element_handle(), before],
+        )
 
 
 def photograph(page: Any, name: str) -> None:

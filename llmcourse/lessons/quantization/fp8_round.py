@@ -12,6 +12,7 @@ from llmcourse.exercise import Rng, alternative, case, exercise, mistake, raised
 @exercise(
     points=3,
     minutes=12,
+    extension=True,
     hints=(
         "Between two powers of two the numbers of the format are equally far apart. Find that distance for each value "
         "of x, and the rest is a division, a round and a product, all of them exact.",
