@@ -456,6 +456,102 @@ def quantization_rows() -> Iterator[Row]:
     )
 
 
+# ------------------------------------------------------------------------------------------------------- optimizers
+
+
+def optimizer_rows(rounds: int) -> Iterator[Row]:
+    """AdamW's step beside torch's, the 8-bit state in training, the chunked loss."""
+    yield from adamw_rows(rounds)
+    yield from eight_bit_rows()
+    yield chunked_loss_row()
+
+
+def adamw_rows(rounds: int) -> Iterator[Row]:
+    """One AdamW step on the parameters of the zoo's models: ours, and torch's loop (its default), foreach and fused."""
+    import torch
+
+    from llmcourse import optimizing, zoo
+    from llmcourse.exercise import find
+
+    def torchs(**options: Any) -> Callable[[Any], list[Any]]:
+        return lambda named: [torch.optim.AdamW([parameter for _, parameter in named], **options)]
+
+    own = find("AdamW").reference
+    entries = {
+        "ours": lambda named: [own([parameter for _, parameter in named])],
+        "torch, default": torchs(),
+        "torch, loop": torchs(foreach=False),
+        "torch, foreach": torchs(foreach=True),
+        "torch, fused": torchs(fused=True),
+    }
+    for name in zoo.names():
+        model = zoo.load(name)
+        times = optimizing.step_times(entries, model=model, rounds=rounds, seconds=60)
+        for entry in entries:
+            ratio, low, high = paired_ratio(times["torch, default"], times[entry])
+            bar, taken_ms = entry == "ours", 1e3 * median(times[entry])
+            yield Row(
+                f"AdamW step, {name}: {entry}",
+                f"{taken_ms:.2f} ms, {ratio:.2f}× the speed of torch's default [{low:.2f}, {high:.2f}]",
+                "≥ 0.9×" if bar else "",
+                ratio >= 0.9 if bar else None,
+            )
+
+
+def eight_bit_rows() -> Iterator[Row]:
+    """The student trained with float32 and with 8-bit moments, the recorded seeds again: bytes and held-out loss."""
+    from llmcourse import optimizing
+
+    entries = {entry.name: entry for entry in optimizing.contenders()}
+    with optimizing.one_thread():
+        wide, narrow = (
+            [optimizing.train(entries[name], seed=seed) for seed in optimizing.SEEDS]
+            for name in ("AdamW", "AdamW, 8-bit state")
+        )
+    share = narrow[0].state_bytes / wide[0].state_bytes
+    yield Row("8-bit state, bytes", f"{share:.4f} of float32's", "≤ 0.27", share <= 0.27)
+    losses, others = ([run.held_out for run in runs] for runs in (wide, narrow))
+    middle = sum(others) / len(others)
+    finite = all(math.isfinite(loss) for run in narrow for loss in run.losses)
+    yield Row(
+        f"8-bit state, held-out loss after {optimizing.STEPS} steps, {len(losses)} seeds",
+        f"mean {middle:.3f}; float32 {min(losses):.3f} to {max(losses):.3f}",
+        "inside the seeds' spread, all finite",
+        finite and min(losses) <= middle <= max(losses),
+    )
+
+
+def chunked_loss_row() -> Row:
+    """The chunked loss in float64: its largest tensor, and its gradients beside autograd's."""
+    import torch
+
+    from llmcourse.counting import TensorWork
+    from llmcourse.exercise import find
+
+    draw = torch.Generator().manual_seed(0)
+    chunk, words, width = 64, 4096, 32
+    hidden = torch.randn(1024, width, generator=draw, dtype=torch.float64).requires_grad_()
+    head = torch.randn(words, width, generator=draw, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(words, (1024,), generator=draw)
+    with TensorWork() as work:
+        _, *found = find("cross_entropy_backward").reference(
+            hidden.detach(), head.detach(), targets, chunk=chunk
+        )
+    torch.nn.functional.cross_entropy(hidden @ head.T, targets).backward()
+    errors = [
+        float((own - leaf.grad).norm() / leaf.grad.norm())
+        for own, leaf in zip(found, (hidden, head), strict=True)
+        if leaf.grad is not None
+    ]
+    most = work.largest_tensor_bytes / (chunk * words * 8)
+    return Row(
+        "chunked loss, float64",
+        f"largest tensor {most:.2f} × chunk × vocabulary, gradients within {max(errors):.0e} of autograd's",
+        "≤ 1; equal",
+        most <= 1 and max(errors) < 1e-12,
+    )
+
+
 def race_rows(races: int) -> Iterator[Row]:
     """Real races of decode_linear: ours and an answer that dequantizes each time, beside busy neighbours."""
     from llmcourse.engine import Engine
@@ -531,6 +627,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lesson_rows,
         decode_rows,
         quantization_rows,
+        lambda: optimizer_rows(options.rounds),
         lambda: race_rows(options.races),
     )
     for part in parts:

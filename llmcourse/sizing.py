@@ -106,6 +106,24 @@ def parameter_breakdown(config: Mapping[str, Any]) -> ParameterCount:
     )
 
 
+def lora_parameters(config: Mapping[str, Any], *, rank: int, mlp: bool = True) -> int:
+    """Parameters of low-rank adapters on every attention matrix and, unless `mlp` is False, on gate, up and down.
+
+    An adapter of a matrix [out, in] has rank * (in + out). Hu et al. 2021, "LoRA", section 4.1.
+
+    >>> lora_parameters(PUBLIC_CONFIGS["Llama-3.1-8B"], rank=16)
+    41943040
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    shape = _shape(config)
+    query_width, key_value_width = shape.heads * shape.head_dim, shape.key_value_heads * shape.head_dim
+    ends = 2 * (shape.hidden + query_width) + 2 * (shape.hidden + key_value_width)  # q and o, k and v
+    if mlp:
+        ends += 3 * (shape.hidden + shape.intermediate)
+    return shape.layers * rank * ends
+
+
 def size_bytes(count: int, dtype: str) -> int:
     """Bytes of `count` values in `dtype`, rounded up to whole bytes; scales of integer types not included.
 

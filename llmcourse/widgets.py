@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llmcourse import figures, precision_figures, sizing
+from llmcourse import figures, optimizer_figures, precision_figures, sizing
 
 if TYPE_CHECKING:
     from ipywidgets import VBox
@@ -166,6 +166,32 @@ def _serving(*, model: str, device: str, batch: int, context: int, cache: int) -
         for name, bits in STORED_BITS.items()
     }
     return precision_figures.serving(plans, memory_gb=memory_gb)
+
+
+def descent() -> VBox | None:
+    """Paths of SGD, momentum and AdamW over a ravine, by surface, learning rates, momentum and weight decay."""
+    if figures.inert():
+        return None
+    import ipywidgets
+
+    def rates(value: float) -> Any:
+        options = [(f"{rate:g}", rate) for rate in (0.003, 0.01, 0.03, 0.06, 0.1, 0.2, 0.4)]
+        return ipywidgets.SelectionSlider(options=options, value=value)
+
+    controls = {
+        "surface": ipywidgets.Dropdown(options=list(optimizer_figures.SURFACES), description="ravine"),
+        "rate": rates(0.03),
+        "adam_rate": rates(0.2),
+        "momentum": ipywidgets.FloatSlider(
+            value=0.9, min=0.0, max=0.99, step=0.01, description="momentum", continuous_update=False
+        ),
+        "decay": ipywidgets.FloatSlider(
+            value=0.0, min=0.0, max=2.0, step=0.1, description="weight decay", continuous_update=False
+        ),
+    }
+    controls["rate"].description = "rate, SGD"
+    controls["adam_rate"].description = "rate, AdamW"
+    return _redrawn(optimizer_figures.descent, controls)
 
 
 def _redrawn(draw: Callable[..., Any], controls: Mapping[str, Any]) -> VBox:

@@ -94,8 +94,8 @@ JUDGES = {
 }
 INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_words", "standing"}
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS
-EXPERIMENTS = {"compression", "kernels"}
-PICTURES = {"figures", "precision_figures", "widgets"}
+EXPERIMENTS = {"compression", "kernels", "optimizing"}
+PICTURES = {"figures", "optimizer_figures", "precision_figures", "widgets"}
 PLACED = (
     MEASURES
     | MODELS

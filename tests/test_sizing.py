@@ -182,6 +182,20 @@ def test_an_unknown_optimizer_is_refused_with_the_known_ones():
         sizing.training_bytes_per_parameter(optimizer="rmsprop")
 
 
+@pytest.mark.parametrize(("mlp", "count"), [(False, 13_631_488), (True, 41_943_040)])
+def test_lora_parameters_of_llama_8b_by_every_matrix(mlp, count):
+    width, key_value_width, hidden = 4096, 1024, 14_336  # of the published shapes
+    matrices = [(width, width), (width, width), (key_value_width, width), (key_value_width, width)]
+    matrices += [(hidden, width), (hidden, width), (width, hidden)] if mlp else []
+    by_hand = 32 * sum(16 * out + 16 * inputs for out, inputs in matrices)
+    assert sizing.lora_parameters(PUBLIC_CONFIGS["Llama-3.1-8B"], rank=16, mlp=mlp) == by_hand == count
+
+
+def test_a_rank_below_1_is_refused():
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        sizing.lora_parameters(PUBLIC_CONFIGS["Llama-3.1-8B"], rank=0)
+
+
 def test_kv_cache_bytes_of_public_models():
     # 2 x layers x KV heads x head_dim x 2 bytes, worked out by hand from the published shapes.
     assert sizing.kv_cache_bytes_per_token(PUBLIC_CONFIGS["Llama-3.1-8B"]) == 131_072
