@@ -6,9 +6,10 @@ are looked up on first use, so that importing this package loads neither torch n
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing itself takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from llmcourse.checking import check, hint
 
 __version__ = "0.1.0"

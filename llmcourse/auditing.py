@@ -20,7 +20,8 @@ from typing import Any
 
 from llmcourse import source
 from llmcourse.engine import Answer, Engine
-from llmcourse.exercise import Exercise, Item, exercise_paths, load
+from llmcourse.exercise import Exercise, Item, load
+from llmcourse.finding import exercise_paths
 from llmcourse.judging import Outcome, Verdict, compare, judge
 from llmcourse.mutants import Mutant, mutants
 from llmcourse.worker import parameters

@@ -17,9 +17,10 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-from llmcourse import report, source, submission, workspace
+from llmcourse import interrupts, report, source, submission, workspace
 from llmcourse.engine import Engine
-from llmcourse.exercise import Exercise, exercise_paths, find
+from llmcourse.exercise import Exercise, find
+from llmcourse.finding import exercise_paths
 from llmcourse.judging import InProcess, Verdict, expectations, judge
 from llmcourse.zygote import Zygote
 
@@ -212,22 +213,26 @@ def _is_extension(verdict: Verdict) -> bool:
     return verdict.exercise is not None and verdict.exercise.extension
 
 
-def check_notebook(path: Path, *, seed: int | None = None, zygote: Zygote | None = None) -> NotebookVerdict:
-    """Judge every exercise of a notebook, each in a worker of its own.
+def check_notebook(
+    notebook: Path | submission.Submission, *, seed: int | None = None, zygote: Zygote | None = None
+) -> NotebookVerdict:
+    """Judge every exercise of a notebook, or of one that was read already, each in a worker of its own.
 
     zygote: one that was started before this module was imported; it is ended here. Raises
     UnreadableNotebook for a file that cannot be judged, HarnessFault when the judge itself fails.
     """
-    found = submission.read(path)
+    found = submission.read(notebook) if isinstance(notebook, Path) else notebook
     number = seed if seed is not None else _fresh_seed()
-    exercises = [find(name) for name in found.names]
+    with interrupts.held():
+        exercises = [find(name) for name in found.names]
     verdicts: dict[str, Verdict] = {}
     # torch imports its compiler for the first optimizer: once here, or in every worker.
     preload = [COMPILER] if any(OPTIMIZER.search(exercise.source) for exercise in exercises) else []
     shared = Zygote() if zygote is None else zygote
     with (
-        Engine(zygote=shared, preload=preload) as engine,
-        Engine(zygote=shared) as ahead,
+        Engine(zygote=shared, preload=preload) as ahead,
+        # Answers may not read what references write: it holds what is expected.
+        Engine(zygote=shared, closed=[ahead.folder]) as engine,
         ThreadPoolExecutor(max_workers=1) as pool,
     ):
         # While one exercise is judged, the reference of the next is run.
@@ -235,14 +240,19 @@ def check_notebook(path: Path, *, seed: int | None = None, zygote: Zygote | None
         try:
             for exercise in exercises:
                 ours, notes = _ours_for(exercise, verdicts)
-                answer = found.answer(exercise.name, ours)
+                # A cell that hangs takes its whole limit: once is enough.
+                answer = found.answer(exercise.name, ours, without=engine.left_out)
                 verdict = judge(engine, exercise, answer, number, coming[exercise.name].result())
                 verdicts[exercise.name] = _with_notes(verdict, notes)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             shared.close()  # ends the workers that the pool waits for
             raise
-    return NotebookVerdict(str(path), tuple(verdicts.values()), found.notes)
+    left_out = (
+        f"{label} was left out for every exercise but its own; while it ran: {why}"
+        for label, why in engine.left_out.items()
+    )
+    return NotebookVerdict(str(found.path), tuple(verdicts.values()), (*found.notes, *left_out))
 
 
 def _ours_for(exercise: Exercise, verdicts: dict[str, Verdict]) -> tuple[list[tuple[str, str]], list[str]]:

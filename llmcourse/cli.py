@@ -6,7 +6,15 @@ not possible, 2 a wrong command line or a notebook that cannot be judged, 3 a fa
 130 stopped by Ctrl-C.
 """
 
+# ruff: noqa: E402 - what runs before the imports is meant to
 from __future__ import annotations
+
+import signal
+
+# Until main() takes over, Ctrl-C ends the process, and Python does not print what it was importing.
+_silent = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+if _silent:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import gc
 import json
@@ -23,7 +31,7 @@ import typer
 from rich.console import Console
 
 import llmcourse
-from llmcourse import workspace
+from llmcourse import interrupts, workspace
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -127,7 +135,8 @@ def doctor(
     """Measure this computer (seconds, then remembered) and draw its roofline into the workspace."""
     appraised = None if model is None else _appraise(model)
     with errors.status("Measuring this computer …"):
-        from llmcourse import machine
+        with interrupts.held():
+            from llmcourse import machine
 
         probed = machine.probe(refresh)
     if appraised is not None:
@@ -156,7 +165,8 @@ def _rates(probed: Machine) -> Table:
 
 
 def _appraise(folder: Path) -> Appraisal:
-    from llmcourse import appraisal
+    with interrupts.held():
+        from llmcourse import appraisal
 
     try:
         return appraisal.appraise(folder)
@@ -274,20 +284,23 @@ def check(
 
     Exits 0 when verdicts were reached, whatever the score, and 2 for a file that cannot be judged.
     """
+    from llmcourse import submission
     from llmcourse.zygote import HarnessFault, Zygote
 
+    try:
+        read = submission.read(notebook)
+    except submission.UnreadableNotebook as error:
+        raise UserError(str(error), code=2) from error
     # Started before torch is imported here, so that both processes import it side by side.
     with Zygote() as zygote, errors.status(f"Judging {notebook.name} …"):
         gc.disable()  # torch makes a million objects and drops none of them: looking through them takes 0.3 s
-        from llmcourse import checking, report
-        from llmcourse.submission import UnreadableNotebook
+        with interrupts.held():
+            from llmcourse import checking, report
 
         gc.freeze()
         gc.enable()
         try:
-            found = checking.check_notebook(notebook, seed=seed, zygote=zygote)
-        except UnreadableNotebook as error:
-            raise UserError(str(error), code=2) from error
+            found = checking.check_notebook(read, seed=seed, zygote=zygote)
         except HarnessFault as error:
             raise UserError(
                 f"the judge itself failed, so there is no verdict: {error}", code=HARNESS_FAULT
@@ -330,10 +343,11 @@ def hint(
 
 
 def _find_exercise(name: str) -> Exercise:
-    from llmcourse import exercise
-
     try:
-        return exercise.find(name)
+        with interrupts.held():
+            from llmcourse import exercise
+
+            return exercise.find(name)
     except KeyError as error:
         raise UserError(str(error.args[0])) from error
 
@@ -469,12 +483,14 @@ def audit(
 
     Exits 1 below 100 %.
     """
-    from llmcourse import auditing
     from llmcourse.zygote import HarnessFault
 
     chosen = lessons or []
     try:
-        auditing.exercises_of(chosen)
+        with interrupts.held():
+            from llmcourse import auditing
+
+            auditing.exercises_of(chosen)
     except (KeyError, ValueError) as error:
         raise UserError(str(error.args[0]), code=2) from error
     try:
@@ -517,7 +533,8 @@ def train(
 
     Ctrl-C saves first. To finish early, create the file begin_decay in the work folder.
     """
-    from llmcourse import text, training, zoo
+    with interrupts.held():
+        from llmcourse import text, training, zoo
 
     try:
         into = zoo.folder(name) if into is None else into  # type: ignore[arg-type]  # refuses other names
@@ -556,6 +573,9 @@ def _training_bar() -> Iterator[Callable[[Progress], None]]:
 
         yield show
 
+
+if _silent:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if __name__ == "__main__":
     main()

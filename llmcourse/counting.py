@@ -354,13 +354,20 @@ def can_read_memory() -> bool:
     return True
 
 
-def anonymous_bytes(pid: int | None = None, *, shared: bool = False) -> int:
+def anonymous_bytes(pid: int | None = None) -> int:
     """Resident anonymous memory of a process in bytes: what it allocated, without the files it maps.
 
-    Read from RssAnon of /proc/PID/status, within `memory_error_bytes()`; `shared` adds RssShmem: memory that is
-    shared with other processes, and files that it maps from a tmpfs. Call `settle()` in that process
+    Read from RssAnon of /proc/PID/status, within `memory_error_bytes()`. Call `settle()` in that process
     first, or memory freed but not returned is counted. OSError where the system has no such number;
     ProcessLookupError where the process does not exist.
+    """
+    return resident_bytes(pid)[0]
+
+
+def resident_bytes(pid: int | None = None) -> tuple[int, int]:
+    """(anonymous, shared) memory of a process as `anonymous_bytes` reads it.
+
+    Shared is RssShmem: what it shares with other processes, and files that it maps from a tmpfs.
     """
     if sys.platform != "linux":
         raise OSError(f"anonymous memory is read from /proc, which {sys.platform} does not have; use Linux")
@@ -369,11 +376,13 @@ def anonymous_bytes(pid: int | None = None, *, shared: bool = False) -> int:
         text = status.read_text()
     except FileNotFoundError as error:
         raise ProcessLookupError(f"{status} does not exist: no process {pid} runs here") from error
-    kinds = ("RssAnon:", "RssShmem:") if shared else ("RssAnon:",)
-    found = [int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(kinds)]
+    kinds = ("RssAnon:", "RssShmem:")
+    found = {
+        line.split()[0]: int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(kinds)
+    }
     if len(found) != len(kinds):
         raise OSError(f"{status} has no line RssAnon (a kernel before 4.5, or a process that has ended)")
-    return sum(found)
+    return found[kinds[0]], found[kinds[1]]
 
 
 def on_tmpfs(folder: str | Path) -> bool:
@@ -425,12 +434,11 @@ class PeakMemory:
         self.pid = os.getpid() if pid is None else pid
         self._peak_bytes: int | None = None
         self._at_most: int | None = None
-        self._lowest_bytes = 0
-        self._highest_bytes = 0
+        self._lowest_bytes: tuple[int, ...] = ()
+        self._highest_bytes: tuple[int, ...] = ()
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._running = False
-        self._shared = False
 
     def start(self) -> None:
         if self._running:
@@ -438,7 +446,7 @@ class PeakMemory:
         self._running = True
         if not can_read_memory():
             return
-        self._lowest_bytes = self._highest_bytes = anonymous_bytes(self.pid, shared=self._shared)
+        self._lowest_bytes = self._highest_bytes = self._levels_bytes()
         self._done.clear()
         self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
         self._thread.start()
@@ -451,7 +459,8 @@ class PeakMemory:
             raise ValueError(f"at_most is a number of bytes, an int of at least 0, not {at_most!r}")
         if not self._end_window():
             return
-        self._peak_bytes = max(self._peak_bytes or 0, self._highest_bytes - self._lowest_bytes)
+        rises = (high - low for high, low in zip(self._highest_bytes, self._lowest_bytes, strict=True))
+        self._peak_bytes = max(self._peak_bytes or 0, self._taken_bytes(*rises))
         if at_most is not None:
             self._at_most = at_most if self._at_most is None else min(at_most, self._at_most)
 
@@ -461,6 +470,14 @@ class PeakMemory:
             return {"peak anonymous bytes": (None, None)}
         at_most = None if self._at_most is None else float(self._at_most)
         return {"peak anonymous bytes": (float(self._peak_bytes), at_most)}
+
+    def _levels_bytes(self) -> tuple[int, ...]:
+        """What is sampled, now."""
+        return (anonymous_bytes(self.pid),)
+
+    def _taken_bytes(self, *rises: int) -> int:
+        """The peak, of how far each level rose above its lowest."""
+        return rises[0]
 
     def _end_window(self) -> bool:
         """Stop sampling; whether there was anything to stop."""
@@ -476,27 +493,29 @@ class PeakMemory:
         while not finished:
             finished = self._done.wait(SAMPLE_INTERVAL_S)  # the last reading comes after stop was asked for
             try:
-                now = anonymous_bytes(self.pid, shared=self._shared)
+                now = self._levels_bytes()
             except OSError:  # the process ended in the window: what was seen until then stands
                 return
-            self._highest_bytes = max(self._highest_bytes, now)
-            self._lowest_bytes = min(self._lowest_bytes, now)
+            self._highest_bytes = tuple(map(max, self._highest_bytes, now))
+            self._lowest_bytes = tuple(map(min, self._lowest_bytes, now))
 
 
 class PeakOfItem(PeakMemory):
     """`PeakMemory` for a case: one window, opened before the item begins and closed after it has ended.
 
     Both are the judge's doing, so the measured process can neither open it late nor close it early; memory that
-    it gives back inside the window (ballast taken before) counts as taken, and so does shared memory where files
-    do not lie in it. What the case itself prepares is inside: it must stay below the bound.
+    it gives back inside the window (ballast taken before) counts as taken, and so does shared memory. Files that
+    are mapped from a tmpfs are shared memory too: there `mapped_bytes`, the size of the files that an answer may
+    map, is taken off again, and anonymous memory counts alone as well. What the case itself prepares is inside: it
+    must stay below the bound.
     """
 
     calls: ClassVar[tuple[str, ...]] = ("bound",)
 
-    def __init__(self, pid: int | None = None) -> None:
+    def __init__(self, pid: int | None = None, *, mapped_bytes: int = 0) -> None:
         super().__init__(pid)
         self._bounds: list[int] = []
-        self._shared = not on_tmpfs(tempfile.gettempdir())
+        self._mapped_bytes = mapped_bytes if on_tmpfs(tempfile.gettempdir()) else 0
 
     def begin(self) -> None:
         """Open the window: the judge's call, before the item is begun."""
@@ -514,3 +533,11 @@ class PeakOfItem(PeakMemory):
         if self._running and self._bounds:
             self.stop(self._bounds[0])
         return super().counts()
+
+    def _levels_bytes(self) -> tuple[int, ...]:
+        anonymous, shared = resident_bytes(self.pid)
+        return anonymous, anonymous + shared
+
+    def _taken_bytes(self, *rises: int) -> int:
+        anonymous, together = rises
+        return max(anonymous, together - self._mapped_bytes)

@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from types import TracebackType
 from typing import Any
 
 from llmcourse import racing, source, wire
-from llmcourse.exercise import LESSONS, Exercise, Item, Race, derive_seed, folders
+from llmcourse.exercise import Exercise, Item, Race, derive_seed
+from llmcourse.finding import LESSONS, folders
 from llmcourse.judging import (
     Outcome,
     answer_seed,
@@ -43,6 +45,7 @@ from llmcourse.judging import (
 from llmcourse.racing import RaceResult
 from llmcourse.services import Link
 from llmcourse.track import Lane, Stumbled, run_race
+from llmcourse.wall import ENGINE_FOLDER
 from llmcourse.zygote import HarnessFault, Zygote
 
 LOAD_LIMIT_S, REFERENCE_LIMIT_S = 10.0, 60.0
@@ -51,10 +54,14 @@ LINE_UP_LIMIT_S, LAP_LIMIT_S = 30.0, 5.0
 MAX_TRUSTED_BYTES = 1 << 31
 MAX_LAP_BYTES = 1 << 24
 MAX_DATA_BYTES = 6 << 30
+ROOM_BYTES = (
+    128 << 20
+)  # the largest cases write files of 32 MiB, in two workers at once; an answer may keep copies
 SLACK_BYTES, SLACK_FACTOR = 1 << 16, 4
 MAX_CALLS = 256
 ERROR_KINDS = ("raised", "not written", "missing")
 MAX_TEXTS, MAX_TEXT_CHARS = 64, 600
+MAX_FOUND_NAMES = 12
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ class WorkerProcess:
         self._servers = ThreadPoolExecutor(max_workers=MAX_CALLS)
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
         self._connection, theirs = socket.socketpair()
-        closed = None if answer.trusted else course_places(exercise)
+        closed = None if answer.trusted else [*course_places(exercise), *engine.closed]
         self.pid = engine.zygote.fork(theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed)
         theirs.close()
 
@@ -115,6 +122,7 @@ class WorkerProcess:
                     "closed": [
                         *course_places(self._exercise),
                         *files_of(owners_of(self._exercise.forbid)),
+                        *self._engine.closed,
                     ],
                     # Not the seed itself: every input of a class could be computed from it.
                     "seed": derive_seed(self._seed, "load"),
@@ -302,6 +310,16 @@ def clean_error(error: Any) -> dict[str, Any] | None:
     return cleaned
 
 
+def check_room(folder: str) -> None:
+    """HarnessFault where too little is free for the files that cases write: an answer would be blamed for that."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < ROOM_BYTES:
+        raise HarnessFault(
+            f"{folder} has {free_bytes >> 20:,} MiB free and the files of the cases need {ROOM_BYTES >> 20} MiB; free "
+            "some, or set TMPDIR to a folder that has them"
+        )
+
+
 def _failed(kind: str, message: str, seconds: float = 0.0) -> Outcome:
     return Outcome(error={"kind": kind, "message": message}, seconds=seconds)
 
@@ -331,10 +349,19 @@ def files_of(modules: Sequence[str]) -> Iterator[str]:
 
 
 class Engine:
-    """Runs answers in workers forked from a zygote, its own unless given one. A context manager for one thread."""
+    """Runs answers in workers forked from a zygote, its own unless given one. A context manager for one thread.
 
-    def __init__(self, *, preload: Sequence[str] = (), zygote: Zygote | None = None) -> None:
-        self.folder = tempfile.mkdtemp(prefix="llmcourse-engine-")
+    closed: folders that answers may not read beside the course's own, such as one where references write. `left_out`
+    says, of each part of an answer that was left out because it hung or killed its worker, why.
+    """
+
+    def __init__(
+        self, *, preload: Sequence[str] = (), zygote: Zygote | None = None, closed: Sequence[str] = ()
+    ) -> None:
+        check_room(tempfile.gettempdir())
+        self.folder = tempfile.mkdtemp(prefix=ENGINE_FOLDER)
+        self.closed = tuple(closed)
+        self.left_out: dict[str, str] = {}
         self._expected: dict[tuple[str, int], dict[str, Outcome]] = {}
         self._ours: dict[tuple[str, int, str], dict[str, Outcome]] = {}
         self.zygote = Zygote() if zygote is None else zygote
@@ -482,7 +509,7 @@ class Run:
         )
         if self._exercise.ranks > 1:
             return self._ranks(item, seeds, limit, max_bytes)
-        service = service_for(item, seeds[0], self._workers[0].pid)
+        service = service_for(self._exercise, item, self._seed, self._workers[0].pid)
         outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)
         return self._explained(seen_by(service, outcome))
 
@@ -533,6 +560,7 @@ class Run:
                 )
             if label is None:
                 return _failed("died", f"before its cases could run: {self._loaded.why}")
+            self._engine.left_out[label] = self._loaded.why
             if label == self._answer.own:
                 hung = "ran for more" in self._loaded.why
                 return _failed("timed out" if hung else "died", f"while {label} ran: {self._loaded.why}")
@@ -546,5 +574,8 @@ class Run:
         own = [error for error in self._loaded.errors if error.get("label") == self._answer.own]
         if own and own[0]["kind"] == "raised":
             return Outcome(error={**own[0], "kind": "raised"})
-        names = ", ".join(self._loaded.names[:12]) or "no function or class"
+        wanted = self._answer.name
+        # The nearest first: the name that was meant may stand behind many helpers.
+        nearest = sorted(self._loaded.names, key=lambda name: -SequenceMatcher(None, name, wanted).ratio())
+        names = ", ".join(nearest[:MAX_FOUND_NAMES]) or "no function or class"
         return Outcome(error={"kind": "missing", "message": f"; found {names}"})

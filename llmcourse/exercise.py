@@ -30,7 +30,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -42,8 +41,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from llmcourse.finding import LESSONS, exercise_paths
+
 T = TypeVar("T")
-LESSONS = Path(__file__).parent / "lessons"
 MAX_COST_SHARE = 1 / 3
 MAX_RACE_SHARE = 1 / 4
 AUTHORITIES = ("worker", "protocol", "outside")
@@ -471,32 +471,6 @@ def excuse(reference: Callable[..., Any], mutant: str, reason: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- finding exercises
-
-
-def folders() -> list[Path]:
-    """Folders that hold `topic/exercise.py`: the course's own, then those of LLMCOURSE_LESSONS."""
-    extra = [Path(part) for part in os.environ.get("LLMCOURSE_LESSONS", "").split(os.pathsep) if part]
-    for folder in extra:
-        if not folder.is_dir():
-            raise ValueError(
-                f"LLMCOURSE_LESSONS names {folder}, which is not a folder; expected topic/exercise.py in it"
-            )
-    return [LESSONS, *extra]
-
-
-def exercise_paths() -> dict[str, Path]:
-    """Every exercise's name and file; ValueError when two files have one name."""
-    found: dict[str, Path] = {}
-    for folder in folders():
-        for path in sorted(folder.glob("*/*.py")):
-            if path.stem.startswith("_"):
-                continue
-            if path.stem in found:
-                raise ValueError(
-                    f"two exercises are named {path.stem}: {found[path.stem]} and {path}; rename one"
-                )
-            found[path.stem] = path
-    return found
 
 
 def find(name: str) -> Exercise:

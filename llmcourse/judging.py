@@ -150,16 +150,19 @@ def item_seed(exercise: Exercise, item: Item, seed: int) -> int:
     return derive_seed(seed, exercise.name, root(exercise, item).name)
 
 
-def service_rng(seed: int) -> Rng:
-    """What a service draws from: not the item's seed, which the answer's process has."""
-    return Rng(derive_seed(seed, "service"))
+def service_rng(exercise: Exercise, item: Item, seed: int) -> Rng:
+    """What a service draws from: nothing that follows from the item's seed, which the answer's process has."""
+    return Rng(derive_seed(seed, "service", exercise.name, root(exercise, item).name))
 
 
-def service_for(item: Item, seed: int, pid: int | None) -> Any:
-    """The item's service, None where it has none; it may watch the process `pid`, None for this one, from now on."""
+def service_for(exercise: Exercise, item: Item, seed: int, pid: int | None) -> Any:
+    """The item's service, None where it has none; it may watch the process `pid`, None for this one, from now on.
+
+    seed: the run's own, which no worker is given; the same for reference and answer.
+    """
     if item.service is None:
         return None
-    service: Any = item.service(service_rng(seed))
+    service: Any = item.service(service_rng(exercise, item, seed))
     if pid is not None and hasattr(service, "pid"):
         service.pid = pid
     if hasattr(service, "begin"):
@@ -233,7 +236,7 @@ class InProcess:
         if exercise.ranks > 1:
             with kept_torch_state(seeds[1]):
                 return self._ranks(exercise, answer, item, seeds)
-        service = service_for(item, seeds[0], None)
+        service = service_for(exercise, item, seed, None)
         if service is not None:
             extra.append(service)
         with kept_torch_state(seeds[1]):
@@ -590,9 +593,18 @@ def expectations(runner: Runner, exercise: Exercise, seed: int) -> dict[str, Out
     for item in exercise.items.values():
         outcome = outcomes.get(item.name)
         if outcome is None or outcome.error is not None or outcome.changed:
-            what = "was not run" if outcome is None else (outcome.error or f"changed {outcome.changed}")
-            raise HarnessFault(f"{exercise.name}.{item.name}: the reference itself failed: {what}")
+            raise HarnessFault(
+                f"{exercise.name}.{item.name}: the reference itself failed: {_failure(outcome)}"
+            )
     return outcomes
+
+
+def _failure(outcome: Outcome | None) -> str:
+    if outcome is None:
+        return "was not run"
+    if outcome.error is None:
+        return f"changed {' and '.join(outcome.changed)}"
+    return f"{outcome.error.get('type', outcome.kind)}: {outcome.error.get('message', '')}"
 
 
 def recognise(

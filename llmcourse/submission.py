@@ -2,7 +2,8 @@
 
 What runs, in order, in one module: the lesson's import cell (the teacher's version); from the learner's own cells
 their imports, definitions and literal constants; then the exercise cells. Magics, shell lines and calls of
-`check` and `hint` are dropped and named in the notes.
+`check` and `hint` are dropped and named in the notes. No torch is imported for that, so a file that cannot be judged
+is refused at once.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import json
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmcourse.engine import Answer
-from llmcourse.exercise import exercise_paths
+from llmcourse import source
+from llmcourse.finding import exercise_paths
 from llmcourse.source import Definition, bound_names, parse
+
+if TYPE_CHECKING:
+    from llmcourse.engine import Answer
 
 MAX_BYTES, MAX_CELLS, MAX_CELL_CHARS = 50 << 20, 5_000, 1_000_000
 MAGIC = re.compile(r"^(?P<indent>\s*)(?:[%!?]|(?:[\w, ]+=\s*)[%!]|[\w.]+\?{1,2}\s*$)")
@@ -53,9 +57,18 @@ class Submission:
     own: dict[str, str]
     notes: tuple[str, ...]
 
-    def answer(self, name: str, ours: Sequence[tuple[str, str]] = ()) -> Answer:
-        """Source for one exercise; `ours` are the course's own parts, run last, in place of wrong answers."""
-        return Answer(name, (*self.parts, *ours), own=self.own.get(name))
+    def answer(
+        self, name: str, ours: Sequence[tuple[str, str]] = (), *, without: Collection[str] = ()
+    ) -> Answer:
+        """Source for one exercise; `ours` are the course's own parts, run last, in place of wrong answers.
+
+        without: labels of parts that are left out, unless one is the exercise's own.
+        """
+        from llmcourse.engine import Answer
+
+        own = self.own.get(name)
+        parts = [part for part in self.parts if part[0] == own or part[0] not in without]
+        return Answer(name, (*parts, *ours), own=own)
 
 
 def read(path: Path) -> Submission:
@@ -79,12 +92,15 @@ def read(path: Path) -> Submission:
     for cell in answers:
         text, dropped = whole(cell)
         notes += dropped
-        parts.append((cell.label, text))
         assert cell.grade_id is not None
-        if cell.grade_id in own:
-            notes.append(
-                f"{own[cell.grade_id]} and {cell.label} are both the cell of {cell.grade_id}; the later one counts"
-            )
+        earlier = own.get(cell.grade_id)
+        if earlier is not None:
+            both = f"{earlier} and {cell.label} are both the cell of {cell.grade_id}"
+            if is_stub(text, cell.grade_id):
+                notes.append(f"{both}; {cell.label} is not written yet, so {earlier} counts")
+                continue
+            notes.append(f"{both}; the later one counts")
+        parts.append((cell.label, text))
         own[cell.grade_id] = cell.label
     notes += [
         f"the cell of {name} is gone; an answer of that name anywhere else counts"
@@ -323,6 +339,25 @@ def whole(cell: Cell) -> tuple[str, list[str]]:
             for number in range(node.lineno - 1, node.end_lineno or node.lineno):
                 lines[number] = ""
     return "\n".join(lines), notes
+
+
+def is_stub(text: str, name: str) -> bool:
+    """Whether a cell is an exercise's statement as it came and nothing else, whatever its docstrings say."""
+    path = exercise_paths()[name]
+    released = source.stub(source.definition(path.read_text(encoding="utf-8"), name, path), path)
+    return _without_docstrings(text) == _without_docstrings(released)
+
+
+def _without_docstrings(text: str) -> str | None:
+    """The syntax tree of a text, for comparison; None where it is not Python."""
+    try:
+        tree = parse(text)
+    except UNPARSABLE:
+        return None
+    for node in [each for each in ast.walk(tree) if isinstance(each, Definition)]:
+        if ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def carried_names(texts: Iterable[str]) -> set[str]:

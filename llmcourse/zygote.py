@@ -70,6 +70,8 @@ class Zygote:
     def close(self) -> None:
         """End the zygote, and with it every worker. Calling it again does nothing."""
         self._control.close()
+        if not self._ready:  # it may be importing still, and has forked nobody
+            self.process.kill()
         try:
             self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmcourse import checking, report
+from llmcourse import checking, engine, report
 from llmcourse.submission import UnreadableNotebook
 
 from .test_submission import ANSWER, EXERCISE, cell, lesson, write
@@ -185,6 +185,52 @@ def test_a_notebook_is_judged_exercise_by_exercise_whatever_one_of_them_does(les
     assert (found["scale_again"]["verdict"], found["scale_again"]["points"]) == ("crashed", 0.0)
     assert "exit status 0" in found["scale_again"]["reason"]
     assert (found["scale_rows"]["verdict"], found["scale_rows"]["points"]) == ("right", 2.0)
+
+
+def test_a_cell_that_hangs_is_waited_for_once(lesson: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "LOAD_LIMIT_S", 1.5)
+    stopped: list[tuple[str, bool]] = []
+    load = engine.WorkerProcess.load
+
+    def noted(worker: engine.WorkerProcess, cases: str) -> engine.Loaded:
+        found = load(worker, cases)
+        if not worker._answer.trusted:
+            stopped.append((worker._answer.name, found.stopped is not None))
+        return found
+
+    monkeypatch.setattr(engine.WorkerProcess, "load", noted)
+    hangs = "def scale_again(weight):\n    return weight.abs().amax(dim=1)\nwhile True: pass"
+    path = write(lesson, [cell(hangs, "scale_again"), cell(ANSWER, "scale_rows")])
+    found = checking.check_notebook(path, seed=1)
+    assert [verdict.verdict for verdict in found.exercises] == ["timed out", "right"]
+    assert stopped == [("scale_again", True), ("scale_rows", False)]
+    assert found.notes[-1] == (
+        "cell 1 was left out for every exercise but its own; while it ran: it ran for more than 2 s"
+    )
+
+
+def test_what_references_write_is_closed_to_a_notebook(lesson: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writing(engine.Engine):
+        """Holds a file, where references are run."""
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            if not self.closed:
+                Path(self.folder, "expected").write_text("what is expected")
+                paths.append(str(Path(self.folder, "expected")))
+
+    paths: list[str] = []
+    monkeypatch.setattr(checking, "Engine", Writing)
+    looks = """
+def scale_rows(weight):
+    import glob, tempfile
+    for path in glob.glob(f"{tempfile.gettempdir()}/../../llmcourse-engine-*/expected"):
+        open(path).close()
+    return weight.abs().amax(dim=1)
+"""
+    found = checking.check_notebook(write(lesson, [cell(looks, "scale_rows")]), seed=1).exercises[1]
+    assert len(paths) == 1
+    assert found.verdict == "wrong" and "closed to an answer that is judged" in found.reason
 
 
 def test_a_notebook_verdict_has_the_promised_json(lesson: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -159,6 +160,37 @@ def test_ctrl_c_ends_with_130_and_one_line(clone: Path) -> None:
     assert shown.count("\n") == 1 and "Ctrl-C" in shown
 
 
+@pytest.mark.parametrize("delay_s", [0.1, 0.6, 1.2, 2.0])
+def test_ctrl_c_while_modules_are_imported_ends_the_command_without_a_traceback(delay_s: float) -> None:
+    notebook = REPOSITORY / "notebooks" / "01_parameter_loading" / "01_parameter_loading.ipynb"
+    # As the installed command begins; the delay counts from there: what Python does before is not ours.
+    code = "import re, sys; print('begun', flush=True); from llmcourse.cli import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "check", str(notebook)],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    time.sleep(delay_s)
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate()
+    assert process.returncode in (130, -signal.SIGINT), errors
+    assert shown == "" and "Traceback" not in errors and "Error" not in errors
+
+
+def test_importing_the_command_line_leaves_ctrl_c_as_it_was() -> None:
+    code = """
+import signal
+before = signal.signal(signal.SIGINT, signal.default_int_handler)
+import llmcourse.cli
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+
+
 def test_output_that_nobody_reads_is_not_an_error(clone: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
@@ -243,17 +275,20 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """What the judge was asked; it answers with one right exercise and one not attempted."""
     asked: dict[str, object] = {}
 
-    def check_notebook(path: Path, *, seed: int | None, zygote: object) -> SimpleNamespace:
-        asked.update(path=path, seed=seed)
+    def read(path: Path) -> Path:
         if path.suffix != ".ipynb":
             raise UnreadableNotebook(f"expected a notebook, found {path.name}; give the .ipynb file")
+        return path
+
+    def check_notebook(path: Path, *, seed: int | None, zygote: object) -> SimpleNamespace:
+        asked.update(path=path, seed=seed)
         if path.stem == "fault":
             raise HarnessFault("the zygote died")
         return SimpleNamespace(exercises=VERDICTS, to_json=lambda: {"points": 2.0})
 
     stand_in(monkeypatch, "checking", check_notebook=check_notebook)
     stand_in(monkeypatch, "zygote", HarnessFault=HarnessFault, Zygote=nullcontext)
-    stand_in(monkeypatch, "submission", UnreadableNotebook=UnreadableNotebook)
+    stand_in(monkeypatch, "submission", UnreadableNotebook=UnreadableNotebook, read=read)
     stand_in(monkeypatch, "report", notebook_text=lambda verdict: "the report")
     return asked
 
@@ -281,6 +316,28 @@ def test_a_file_that_cannot_be_judged_exits_2_with_one_line(
         "",
         "llmcourse: expected a notebook, found notes.txt; give the .ipynb file\n",
     )
+    assert judged == {}
+
+
+@pytest.mark.parametrize(
+    "content", [None, "[]", '{"nbformat": 4, "cells": []}'], ids=["none", "list", "empty"]
+)
+def test_a_file_that_cannot_be_judged_is_refused_before_anything_heavy_is_begun(
+    clone: Path, content: str | None
+) -> None:
+    path = clone / "x.ipynb"
+    if content is not None:
+        path.write_text(content)
+    code = f"""
+import sys
+from llmcourse import cli
+try:
+    cli.main(["check", {str(path)!r}])
+finally:
+    print(sorted({{"torch", "numpy", "llmcourse.checking"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "[]\n") and done.stderr.count("\n") == 1
 
 
 def test_a_fault_of_the_judge_is_an_exit_code_and_never_a_verdict(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llmcourse import engine as engine_module
-from llmcourse import judging
+from llmcourse import judging, wall
 from llmcourse.engine import Answer, Engine
 from llmcourse.exercise import load
 from llmcourse.judging import HarnessFault, InProcess, expectations, judge
@@ -225,6 +227,13 @@ def test_an_answer_that_is_not_there_is_not_attempted(engine, add, text, reason)
     assert (found.verdict, found.points, found.reason) == ("not attempted", 0, reason)
 
 
+def test_the_name_that_was_meant_is_shown_though_many_helpers_stand_before_it(engine, served):
+    helpers = "".join(f"def helper_{index}():\n    pass\n" for index in range(30))
+    found = verdict(engine, served, f"{helpers}def red_all(shelf):\n    pass\n")
+    assert found.reason.startswith("no `read_all` was found; found red_all, helper_")
+    assert found.reason.count("helper_") == engine_module.MAX_FOUND_NAMES - 1
+
+
 # -------------------------------------------------------------------------------------- what an answer may do to us
 
 
@@ -356,6 +365,52 @@ def test_a_cell_that_hangs_or_kills_is_left_out_for_the_others(engine, add, end)
     assert (found.verdict, found.points) == ("right", 2)
 
 
+def test_which_cells_were_left_out_and_why_is_remembered(engine, add):
+    engine.left_out.clear()
+    verdict(engine, add, ("cell 3", "import os; os._exit(1)"), ("cell 4", "while True: pass"), GOOD)
+    assert engine.left_out == {"cell 3": "exit status 1", "cell 4": "it ran for more than 2 s"}
+    engine.left_out.clear()
+    verdict(engine, add, "while True: pass")
+    assert engine.left_out == {"cell": "it ran for more than 2 s"}
+
+
+READS = {
+    "with open": "found = open(path).read()",
+    "with a system call": """
+libc, room = ctypes.CDLL(None, use_errno=True), ctypes.create_string_buffer(99)
+descriptor = libc.open(path.encode(), 0)
+found = room.value if descriptor >= 0 and libc.read(descriptor, room, 99) > 0 else ''
+""",
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_what_a_reference_wrote_is_closed_to_an_answer(add, tmp_path, how):
+    """In a folder beside the worker's own, whose files stay open to it."""
+    if how == "with a system call" and not kernel_closes(tmp_path):
+        pytest.skip("this kernel closes no files")
+    with Engine() as ahead, Engine(zygote=ahead.zygote, closed=[ahead.folder]) as engine:
+        written_by_ours = Path(ahead.folder, "llmcourse-worker", "expected")
+        written_by_ours.parent.mkdir()
+        written_by_ours.write_text("what is expected")
+        text = body(
+            f"open('mine', 'w').write('mine'); path = {str(written_by_ours)!r}\n"
+            f"assert open('mine').read() == 'mine'\n{READS[how]}\n"
+            "if found:\n    raise LookupError(found)"
+        )
+        found = verdict(engine, add, text)
+    assert "LookupError" not in found.reason
+    assert "closed to an answer" in found.reason or found.verdict == "right"
+
+
+def kernel_closes(folder: Path) -> bool:
+    """Whether a process can close files to itself here."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if wall.close_files([str(folder)]) else 1)
+    return os.waitpid(pid, 0)[1] == 0
+
+
 def test_two_bad_cells_are_left_out_one_after_the_other(engine, add):
     found = verdict(
         engine, add, ("cell 3", "import os; os._exit(1)"), ("cell 4", "import os; os._exit(2)"), GOOD
@@ -465,6 +520,23 @@ def test_a_service_answers_from_the_judges_process_and_counts_there(engine, serv
     assert [(c.name, c.counted, c.at_most) for r in found.results for c in r.costs] == [("reads", 1, 1)]
     found = verdict(engine, served, dear)
     assert (found.verdict, found.points) == ("right", 2) and "reads: at most 1, found 8" in found.reason
+
+
+REBUILDS_THE_SERVICE = """
+import sys
+from llmcourse.exercise import Rng, derive_seed
+
+def read_all(shelf):
+    frame = sys._getframe()
+    while "message" not in frame.f_locals:
+        frame = frame.f_back
+    return Rng(derive_seed(frame.f_locals["message"]["seed"], "service")).bytes(8) + b"no such book"
+"""
+
+
+def test_a_service_cannot_be_built_again_from_what_a_worker_is_given(engine, served):
+    found = verdict(engine, served, REBUILDS_THE_SERVICE)
+    assert (found.verdict, found.points) == ("wrong", 0)
 
 
 @pytest.mark.parametrize(
@@ -624,6 +696,27 @@ def test_an_engine_leaves_no_process_and_no_file(add, tmp_path):
         assert len(pids) == 4 and gone(pids) and not list(folder.rglob("left behind"))
         assert alive(zygote)
     assert gone([zygote]) and not folder.exists()
+
+
+def test_a_temporary_folder_that_is_nearly_full_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(engine_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5 << 20))
+    with pytest.raises(HarnessFault) as fault:
+        Engine()
+    folder = tempfile.gettempdir()
+    assert str(fault.value) == (
+        f"{folder} has 5 MiB free and the files of the cases need 128 MiB; free some, or set TMPDIR to a folder "
+        "that has them"
+    )
+
+
+def test_a_reference_without_room_says_what_it_met_and_shows_no_dict(engine, tmp_path):
+    full = "import errno, os\n    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))\n    ###"
+    exercise = broken(tmp_path, "meets_a_full_disk", ("return x + y\n    ###", full))
+    with pytest.raises(HarnessFault) as fault:
+        engine.expected(exercise, SEED)
+    assert str(fault.value).endswith(
+        "the reference itself failed: OSError: [Errno 28] No space left on device"
+    )
 
 
 def test_an_engine_that_is_closed_at_once_says_nothing(capfd):

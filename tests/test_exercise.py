@@ -191,11 +191,9 @@ def lesson(folder: Path, name: str, text: str | None = None) -> Path:
 
 def test_an_exercise_is_found_in_a_folder_outside_the_package(tmp_path, monkeypatch):
     lesson(tmp_path, "doubled_number")
-    lesson(tmp_path, "_shared")
     monkeypatch.setenv("LLMCOURSE_LESSONS", str(tmp_path))
     found = contract.find("doubled_number")
     assert found.reference(4) == 8 and found.topic == "numbers" and found.statement == "Doubles x."
-    assert "_shared" not in contract.exercise_paths()
     assert contract.find("doubled_number") is found
 
 
@@ -204,20 +202,6 @@ def test_an_unknown_name_is_answered_with_the_nearest_ones(tmp_path, monkeypatch
     monkeypatch.setenv("LLMCOURSE_LESSONS", str(tmp_path))
     with pytest.raises(KeyError, match="did you mean halved_number"):
         contract.find("halfed_number")
-
-
-def test_a_folder_that_is_none_is_an_error_that_names_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLMCOURSE_LESSONS", os.pathsep.join([str(tmp_path), str(tmp_path / "gone")]))
-    with pytest.raises(ValueError, match="gone, which is not a folder"):
-        contract.exercise_paths()
-
-
-def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
-    lesson(tmp_path / "a", "tripled_number")
-    lesson(tmp_path / "b", "tripled_number")
-    monkeypatch.setenv("LLMCOURSE_LESSONS", os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")]))
-    with pytest.raises(ValueError, match="two exercises are named tripled_number"):
-        contract.exercise_paths()
 
 
 @pytest.mark.parametrize(

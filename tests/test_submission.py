@@ -149,6 +149,32 @@ def test_two_cells_of_one_exercise_are_named_and_the_later_one_counts(lesson: Pa
     assert any("both the cell of scale_rows" in note for note in found.notes)
 
 
+STUB = 'def scale_rows(weight: Tensor) -> Tensor:\n    """An older statement."""\n    raise NotImplementedError\n'
+
+
+def test_a_later_cell_that_is_not_written_yet_does_not_replace_an_answer(lesson: Path) -> None:
+    found = submission.read(
+        write(lesson, [cell(ANSWER, "scale_rows"), cell(f"{STUB}\ncheck(scale_rows)", "scale_rows")])
+    )
+    assert found.own == {"scale_rows": "cell 1"} and found.parts == (("cell 1", ANSWER),)
+    assert [note for note in found.notes if "both the cell of scale_rows" in note] == [
+        "cell 1 and cell 2 are both the cell of scale_rows; cell 2 is not written yet, so cell 1 counts"
+    ]
+
+
+@pytest.mark.parametrize("more", ["def helper():\n    pass\n", "scale_rows = 3\n"])
+def test_a_later_cell_with_anything_beside_the_statement_counts(lesson: Path, more: str) -> None:
+    found = submission.read(write(lesson, [cell(ANSWER, "scale_rows"), cell(STUB + more, "scale_rows")]))
+    assert found.own == {"scale_rows": "cell 2"}
+
+
+def test_a_part_that_is_left_out_stays_for_its_own_exercise(lesson: Path) -> None:
+    found = submission.read(write(lesson, [cell("x = 1", "scale_again"), cell(ANSWER, "scale_rows")]))
+    left_out = {"cell 1": "it ran for more than 10 s"}
+    assert [label for label, _ in found.answer("scale_rows", without=left_out).parts] == ["cell 2"]
+    assert [label for label, _ in found.answer("scale_again", without=left_out).parts] == ["cell 1", "cell 2"]
+
+
 def test_an_answer_whose_cell_lost_its_metadata_is_still_carried(lesson: Path) -> None:
     found = submission.read(write(lesson, [cell(ANSWER)]))
     assert found.parts == (("cell 1", ANSWER),)

@@ -10,7 +10,8 @@ import pytest
 from llmcourse import services
 from llmcourse.auditing import AuditReport, ExerciseAudit, audit, audit_exercise
 from llmcourse.engine import Answer, Engine
-from llmcourse.exercise import Exercise, exercise_paths, find
+from llmcourse.exercise import Exercise, find
+from llmcourse.finding import exercise_paths
 from llmcourse.judging import InProcess, expectations, judge
 
 # A wrong answer of each, which its report must name: among them one that fails by a count alone (GridRound), one

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_model, save_file, save_model
 from torch import nn
 
-from llmcourse.counting import PeakMemory, can_read_memory, memory_error_bytes, settle
+from llmcourse import exercise, judging, source
+from llmcourse.counting import PeakMemory, can_read_memory, memory_error_bytes, on_tmpfs, settle
+from llmcourse.engine import Answer, Engine
 from llmcourse.lessons.parameter_loading.load_without_double_memory import (
     load_without_double_memory,
 )
@@ -118,6 +120,45 @@ def test_a_mapped_file_allocates_nothing(tmp_path):
     peak_bytes = memory.counts()["peak anonymous bytes"][0]
     # 16 MiB are in the file. Reading the header and making a module takes pages too: 1 MiB is room for them.
     assert peak_bytes is not None and peak_bytes <= (1 << 20) + memory_error_bytes()
+
+
+COPIES_INTO_SHARED_MEMORY = """
+import torch
+from collections import defaultdict
+from safetensors.torch import load_file as mapped
+from torch import Tensor, nn
+from collections.abc import Callable
+
+def load_file(path):
+    found = mapped(path)
+    for _ in range({copies}):
+        found = {{name: tensor.clone().share_memory_() for name, tensor in found.items()}}
+        kept.append(found)
+    return found
+
+kept = []
+{reference}
+"""
+
+
+@pytest.mark.skipif(
+    not can_read_memory(), reason="this system does not say how much memory a process allocated"
+)
+@pytest.mark.skipif(not on_tmpfs("/dev/shm"), reason="needs a folder in memory")
+def test_copies_in_shared_memory_count_where_files_lie_in_it(monkeypatch, seed):
+    monkeypatch.setenv("TMPDIR", "/dev/shm")
+    monkeypatch.setattr("tempfile.tempdir", None)
+    found = exercise.of(load_without_double_memory)
+    reference = source.definition(found.source, found.name)
+    verdicts = []
+    with Engine() as engine:
+        expected = engine.expected(found, seed)
+        for copies in (0, 2):
+            text = COPIES_INTO_SHARED_MEMORY.format(copies=copies, reference=reference)
+            answer = Answer(found.name, (("cell", text),), own="cell")
+            verdicts.append(judging.judge(engine, found, answer, seed, expected, naming=False))
+    assert {verdict.verdict for verdict in verdicts} == {"right"}, [verdict.reason for verdict in verdicts]
+    assert [round(verdict.points / found.points, 2) for verdict in verdicts] == [1.0, 0.67]
 
 
 def test_logits_equal_those_of_transformers_from_pretrained(tmp_path, seed):

@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,8 +18,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from llmcourse import agreement, exercise, judging
-from llmcourse.counting import can_read_memory, memory_error_bytes
+from llmcourse import agreement, exercise, judging, source
+from llmcourse.counting import can_read_memory, memory_error_bytes, on_tmpfs
+from llmcourse.engine import Answer, Engine
 from llmcourse.lessons.parameter_loading import map_tensor as lesson
 from llmcourse.lessons.parameter_loading.map_tensor import map_tensor
 
@@ -193,6 +195,60 @@ def test_the_counters_see_a_file_that_is_read_and_one_that_is_mapped(tmp_path: P
     mapped = counted(mapped_and_touched, path)
     assert abs(mapped["mapped"] - size_bytes) <= error_bytes
     assert mapped["read"] <= error_bytes and mapped["allocated"] <= error_bytes
+
+
+@pytest.mark.skipif(not can_read_memory(), reason="this system does not say what a process reads and maps")
+def test_what_is_mapped_in_is_counted_though_no_sample_falls_on_it(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(lesson.FileUse, "_sample", lambda self: None)
+    watch = lesson.Reach()
+    lesson.sums_from_the_middle(map_tensor, exercise.Rng(seed), watch)
+    ((mapped, at_most),) = watch.counts().values()
+    assert mapped is not None and at_most is not None
+    assert lesson.WANTED_BYTES - 2 * memory_error_bytes() <= mapped <= at_most
+
+
+@pytest.mark.skipif(not can_read_memory(), reason="this system does not say what a process reads and maps")
+@pytest.mark.skipif(on_tmpfs(tempfile.gettempdir()), reason="files here lie in shared memory")
+def test_shared_memory_counts_as_a_copy_where_files_do_not_lie_in_it(tmp_path: Path) -> None:
+    path, size_bytes = str(tmp_path / "raw"), 8 << 20
+    Path(path).write_bytes(bytes(size_bytes))
+
+    def read_into_shared_memory(path: str) -> mmap.mmap:
+        target = mmap.mmap(-1, size_bytes)
+        with open(path, "rb", buffering=0) as file:
+            assert file.readinto(target) == size_bytes
+        return target
+
+    found = counted(read_into_shared_memory, path)
+    error_bytes = memory_error_bytes() + (1 << 20)
+    assert abs(found["allocated"] - size_bytes) <= error_bytes and found["mapped"] <= error_bytes
+
+
+COPIES_AHEAD = """
+import glob, json, mmap, os, tempfile, torch
+from torch import Tensor
+{reference}
+honest, kept = map_tensor, {{}}
+
+def map_tensor(path, name):
+    for other in glob.glob(os.path.join(tempfile.gettempdir(), "*", "model.safetensors")):
+        if other != path and os.path.getsize(other) > 16 << 20:
+            kept[other] = honest(other, "wanted").clone()
+    return kept.pop(path) if path in kept else honest(path, name).clone()
+"""
+
+
+@pytest.mark.skipif(not can_read_memory(), reason="this system does not say what a process reads and maps")
+def test_the_large_file_cannot_be_copied_before_copies_are_counted(seed: int) -> None:
+    found = exercise.of(map_tensor)
+    text = COPIES_AHEAD.format(reference=source.definition(found.source, "map_tensor"))
+    answer = Answer("map_tensor", (("cell", text),), own="cell")
+    with Engine() as engine:
+        verdict = judging.judge(engine, found, answer, seed, engine.expected(found, seed), naming=False)
+    assert verdict.verdict == "right" and "peak anonymous bytes" in verdict.reason
+    assert verdict.points == pytest.approx(found.points * 5 / 6)
 
 
 def test_a_second_window_is_refused() -> None:

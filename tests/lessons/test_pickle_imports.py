@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmcourse import exercise, judging
+from llmcourse import exercise, judging, source
+from llmcourse.counting import can_read_memory
+from llmcourse.engine import Answer, Engine
 from llmcourse.lessons.parameter_loading import pickle_imports as lesson
 from llmcourse.lessons.parameter_loading.pickle_imports import pickle_imports
 
@@ -338,6 +340,68 @@ def test_an_archive_looked_into_before_does_not_make_the_next_one_cheaper(seed):
     expected = judging.expectations(runner, found, seed)
     verdict = judging.judge(runner, found, keeping, seed, expected, naming=False)
     assert [result.item.name for result in verdict.results if not result.agrees] == ["weights_are_left_alone"]
+
+
+READS_THE_WEIGHTS = """
+import io, mmap, pickletools, struct, tracemalloc, zipfile, zlib
+from typing import Any
+{reference}
+honest, kept = pickle_imports, []
+
+def pickle_imports(data):
+    if len(data) > 1 << 20:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+        weights = max(archive.infolist(), key=lambda each: each.file_size)
+        {how}
+        del kept[:]
+    return honest(data)
+"""
+HOW_TO_READ_THEM = {
+    "before tracing is asked": "kept.append(archive.read(weights)); kept.clear(); tracemalloc.clear_traces()",
+    "while tracing is stopped": "tracemalloc.stop(); kept.append(archive.read(weights)); tracemalloc.start()",
+    "into shared memory": "kept.append(mmap.mmap(-1, weights.file_size)); kept[0].write(archive.read(weights))",
+}
+
+
+@pytest.mark.skipif(not can_read_memory(), reason="this system does not say what a process allocates")
+def test_an_answer_that_reads_the_weights_cannot_hide_it(seed):
+    found = exercise.of(pickle_imports)
+    reference = source.definition(found.source, found.name)
+    with Engine() as engine:
+        expected = engine.expected(found, seed)
+        for what, how in {"not at all": "", **HOW_TO_READ_THEM}.items():
+            text = READS_THE_WEIGHTS.format(reference=reference, how=how or "pass")
+            answer = Answer(found.name, (("cell", text),), own="cell")
+            verdict = judging.judge(engine, found, answer, seed, expected, naming=False)
+            assert verdict.verdict == "right", (what, verdict.reason)
+            assert (verdict.points == found.points) == (not how), (what, verdict.reason)
+
+
+def test_the_archive_of_weights_is_made_within_its_bound(seed):
+    found = exercise.of(pickle_imports)
+    runner = judging.InProcess()
+    outcome = runner.run(found, lambda data: [], [found.items["weights_are_left_alone"]], seed, None)
+    for peak_bytes, at_most in outcome["weights_are_left_alone"].counts.values():
+        assert peak_bytes is None or peak_bytes <= lesson.WEIGHT_BYTES * 1.15 < at_most
+
+
+def test_the_python_unpickler_is_switched_off_wherever_it_is_found(seed):
+    def by_its_class(data: bytes) -> list[tuple[str, str]]:
+        asked: list[tuple[str, str]] = []
+
+        class Asked(lesson.unpickler_in_python()):  # type: ignore[misc]
+            def find_class(self, module: str, name: str) -> Any:
+                asked.append((module, name))
+                return Anything
+
+        Asked(io.BytesIO(data)).load()
+        return sorted(set(asked))
+
+    found = exercise.of(pickle_imports)
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, found, seed)
+    verdict = judging.judge(runner, found, by_its_class, seed, expected, naming=False)
+    assert verdict.points == 0 and "Forbidden" in verdict.reason
 
 
 def test_which_file_is_which_never_leaves_the_judge(seed):

@@ -20,7 +20,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from llmcourse.counting import can_read_memory, memory_error_bytes, settle
+from llmcourse.counting import can_read_memory, memory_error_bytes, on_tmpfs, settle
 from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
 
 
@@ -344,9 +344,9 @@ READ_BOUND_BYTES = 1 << 20
 class FileUse:
     """What a process reads, maps and allocates from `start()` until its item ends, seen from outside, in bytes.
 
-    Read calls are the growth of rchar in /proc/PID/io; pages of files in memory are RssFile and RssShmem (which is
-    where a tmpfs file counts), allocated ones RssAnon, sampled about every millisecond. Nothing is counted where the
-    system has no such files.
+    Read calls are the growth of rchar in /proc/PID/io; pages of files in memory are RssFile, allocated ones RssAnon,
+    sampled about every millisecond. RssShmem holds files where they lie on a tmpfs, allocated memory elsewhere.
+    Nothing is counted where the system has no such files.
     """
 
     calls: ClassVar[tuple[str, ...]] = ("start", "look")
@@ -358,7 +358,7 @@ class FileUse:
         self._lock = threading.Lock()
         self._levels: list[tuple[int, ...]] = []  # (allocated, of files): lowest, then highest
         self._own_read_bytes = self._read_before = 0
-        self.read_bytes: int | None = None
+        self._files_are_shared = on_tmpfs(tempfile.gettempdir())
 
     def start(self) -> None:
         if self._levels:
@@ -384,10 +384,10 @@ class FileUse:
 
     def _resident(self) -> tuple[int, int]:
         fields = dict(line.split(":", 1) for line in self._text("status").splitlines())
-        anonymous, *files = (
+        anonymous, files, shared = (
             int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile", "RssShmem")
         )
-        return anonymous, sum(files)
+        return (anonymous, files + shared) if self._files_are_shared else (anonymous + shared, files)
 
     def look(self) -> None:
         """Read the levels now."""
@@ -465,24 +465,27 @@ def sums_from_the_middle(answer, rng, watch):
         Entry("after", "U8", [rest - before]),
     ]
     # As many different values as there are, though drawn as two vectors: their product wraps around.
-    values = rng.integers(1, 1 << 62, 1 << 10)[:, None] * rng.integers(1, 1 << 62, WANTED_BYTES >> 13)
+    across, down = (rng.integers(1, 1 << 62, WANTED_BYTES >> 13) for _ in range(2))
     metadata = bool(rng.integer(0, 1))
-    with new_path() as path, new_path() as small:
-        start = len(head(entries, metadata=metadata)) + before
-        with open(path, "wb") as file:
-            file.write(head(entries, metadata=metadata))
-            file.seek(start)
-            file.write(values.numpy())
-            file.truncate(start - before + FILE_BYTES)
-        del values
+    with new_path() as small:
         # What is imported, or mapped in of the libraries, by the first call is not counted.
         write(small, rng, [Entry("wanted", "I64", [64, 256])])
         seen(answer(small, "wanted"), sums)
         settle()
+        # Before the large file exists, so that nothing can have read it earlier: it is written in small parts.
         watch.start()
-        observed = seen(answer(path, "wanted"), sums)
-        watch.look()
-        return observed
+        with new_path() as path:
+            start = len(head(entries, metadata=metadata)) + before
+            with open(path, "wb") as file:
+                file.write(head(entries, metadata=metadata))
+                file.seek(start)
+                for part in down.split(16):
+                    file.write((part[:, None] * across).numpy())
+                file.truncate(start - before + FILE_BYTES)
+            result = answer(path, "wanted")
+            observed = seen(result, sums)
+            watch.look()  # while the result is there, and with it what it mapped in
+    return observed
 
 
 @cost(map_tensor, share=1 / 6, authority="outside", service=lambda rng: Copies())
