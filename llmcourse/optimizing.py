@@ -39,7 +39,7 @@ STEPS, BATCH, CONTEXT_TOKENS = 300, 4, 128
 WARMUP_STEPS, FLOOR = 20, 0.1  # of the peak
 CLIP_NORM, WEIGHT_DECAY = 1.0, 0.1
 HELD_OUT_WINDOWS = 64
-SEEDS = (0, 1, 2, 3)
+SEEDS = (0, 1, 2)
 TUNING_SEED = 100  # no seed that is reported on chose a rate
 BLOCK_SIZE = 256
 
@@ -53,7 +53,7 @@ Named = Sequence[tuple[str, nn.Parameter]]
 class Contender:
     """An optimizer as it enters: `build(named parameters, rate)` gives the optimizers that step together.
 
-    rates: the grid its rate is chosen from, by the held-out loss of a seed that is not reported.
+    rates: the grid its rate is chosen from, by the held-out loss of a seed that is not reported; one is taken as it is.
     """
 
     name: str
@@ -109,7 +109,7 @@ def contenders(own: Mapping[str, Callable[..., Any]] | None = None) -> list[Cont
     return [
         Contender("SGD, momentum", sgd, (0.01, 0.03, 0.1)),
         Contender("AdamW", adamw, (1e-3, 2e-3, 4e-3)),
-        Contender("AdamW, 8-bit state", adamw_8bit, (1e-3, 2e-3, 4e-3)),
+        Contender("AdamW, 8-bit state", adamw_8bit, (2e-3,)),  # AdamW's own, to differ in one thing only
         Contender("Lion", lion, (6e-4, 1.2e-3, 2.4e-3)),
         Contender("Adafactor", adafactor, (0.02, 0.04, 0.08)),
         Contender("Muon and AdamW", muon, (0.005, 0.01, 0.02)),
@@ -538,9 +538,10 @@ def record(
     entries = contenders()
     with one_thread():
         for entry in (one for one in entries if not names or one.name in names):
-            tried = {rate: run(entry, rate, TUNING_SEED).held_out for rate in entry.rates}
+            grid = entry.rates if len(entry.rates) > 1 else ()
+            tried = {rate: run(entry, rate, TUNING_SEED).held_out for rate in grid}
             tuning[entry.name] = {f"{rate:g}": loss for rate, loss in tried.items()}
-            best = min(tried, key=lambda rate: tried[rate])
+            best = min(entry.rates, key=lambda rate: tried.get(rate, 0.0))
             runs += [run(entry, best, seed) for seed in SEEDS]
     if len(tuning) < len(entries):
         return None

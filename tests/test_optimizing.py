@@ -245,8 +245,8 @@ def test_the_record_that_ships_is_whole_and_of_these_settings() -> None:
         assert {len(run.losses) for run in runs} == {optimizing.STEPS}
         assert {run.rate for run in runs} == {optimizing.recorded_rate(entry.name)}
         tried = {float(rate): loss for rate, loss in kept.tuning[entry.name].items()}
-        assert set(tried) == set(entry.rates)
-        assert runs[0].rate == min(tried, key=lambda rate: tried[rate])
+        assert set(tried) == (set(entry.rates) if len(entry.rates) > 1 else set())
+        assert runs[0].rate == min(entry.rates, key=lambda rate: tried.get(rate, 0.0))
     assert optimizing.TUNING_SEED not in optimizing.SEEDS
 
 
@@ -312,9 +312,9 @@ def test_recording_tunes_on_one_seed_keeps_the_others_and_goes_on_after_a_break(
     assert made is not None
     one = [("one", optimizing.TUNING_SEED, rate) for rate in (0.1, 0.2, 0.4)]
     one += [("one", seed, 0.2) for seed in optimizing.SEEDS]
-    two = [("two", seed, 0.2) for seed in (optimizing.TUNING_SEED, *optimizing.SEEDS)]
+    two = [("two", seed, 0.2) for seed in optimizing.SEEDS]
     assert [done for done in trained if done[0] != "a break"] == one + two
-    assert made.tuning == {"one": {"0.1": 1.3346, "0.2": 1.2346, "0.4": 1.4346}, "two": {"0.2": 1.2346}}
+    assert made.tuning == {"one": {"0.1": 1.3346, "0.2": 1.2346, "0.4": 1.4346}, "two": {}}
     assert {run.held_out for run in made.runs} == {1.2346}
     assert optimizing.recorded(path) == made
     assert [file.name for file in tmp_path.iterdir()] == ["runs.json"]
