@@ -624,6 +624,7 @@ def test_garbage_made_by_an_answer_is_collected_and_what_was_there_is_left_alone
         def __init__(self):
             self.itself = self
 
+    gc.unfreeze()  # a command that an earlier test ran in this process may have frozen its own
     gc.disable()
     before = weakref.ref(Node())
     with own_garbage():
