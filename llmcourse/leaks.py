@@ -182,16 +182,22 @@ def telling_lines(exercise: ExerciseText) -> tuple[str, ...]:
 
 
 def leaks(notebook: Any, exercises: Iterable[ExerciseText]) -> list[tuple[str, str]]:
-    """(cell id, message) for every line of a reference or an alternative that a student notebook shows."""
+    """(cell id, message) for every line of a reference or an alternative that a student notebook shows.
+
+    A line that a statement of any exercise shows is not one of them.
+    """
     cells = [
         (cell["id"], [_one_spaced(line) for line in cell["source"].splitlines()])
         for cell in notebook["cells"]
     ]
     everything = "\n".join(line for _, lines in cells for line in lines)
     found = []
+    exercises = list(exercises)
+    # What a statement of the course shows as a line of its own (`def step(self):`) or names is nobody's secret.
+    public = "\n".join(_one_spaced(line) for exercise in exercises for line in exercise.stub.splitlines())
     for exercise in exercises:
         for secret in telling_lines(exercise):
-            if secret not in everything:
+            if secret not in everything or _holds(public, secret):
                 continue
             for cell_id, lines in cells:
                 if any(_holds(line, secret) for line in lines):
