@@ -107,7 +107,7 @@ def descent(
     import torch
 
     found = paths(surface=surface, rate=rate, adam_rate=adam_rate, momentum=momentum, decay=decay)
-    figure, axes = _axes()
+    figure, axes = _axes(size_inches=(SIZE_INCHES[0], 3.4))
     side_x, side_y = torch.linspace(-3.4, 3.4, 121), torch.linspace(-2.2, 3.0, 101)
     grid = torch.stack(torch.meshgrid(side_x, side_y, indexing="xy"), dim=-1)
     levels = [0.1 * 2.2**i for i in range(9)]
