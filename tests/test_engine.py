@@ -258,7 +258,8 @@ def test_the_name_that_was_meant_is_shown_though_many_helpers_stand_before_it(en
         (body("return torch.ones(1 << 22)"), "crashed", "at most"),
         (body("return torch.ones(1).expand(1 << 34)"), "wrong", "too large to be compared"),
         (body("return 'x' * (20 << 20)"), "wrong", "raised ProtocolError: a header of"),
-        (body("os.closerange(3, 512)"), "crashed", "exit status"),
+        # Closed connections are seen at once: the worker may be ended before its own exit status is there.
+        (body("os.closerange(3, 512)"), "crashed", "ended its process"),
         (body("import llmcourse.lessons"), "wrong", "cannot import it"),
         (
             body(
