@@ -180,7 +180,6 @@ def execute(
             timeout=CELL_LIMIT_S,
             kernel_name=KERNEL["name"],
             resources={"metadata": {"path": folder}},
-            store_widget_state=True,  # nbclient 0.11 fails on Output widgets without; dropped again below
             record_timing=False,
             coalesce_streams=True,
             extra_arguments=[

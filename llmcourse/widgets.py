@@ -6,6 +6,7 @@ They need a running kernel, so a lesson shows the static figure beside each. Whi
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -195,18 +196,31 @@ def descent() -> VBox | None:
 
 
 def _redrawn(draw: Callable[..., Any], controls: Mapping[str, Any]) -> VBox:
-    """The controls in rows of two above the figure that `draw` makes of their values."""
-    import ipywidgets
-    from IPython.display import display
+    """The controls in rows of two above the figure that `draw` makes of their values.
 
-    def show(**values: Any) -> None:
-        display(draw(**values))  # in place of the last figure: interactive_output clears with wait=True
+    The figure is the value of an HTML widget. An Output widget would send messages of its own while its cell runs, and
+    a client that executes notebooks (nbclient) then misses the cell's reply now and then and waits until it times out.
+    """
+    import ipywidgets
+
+    shown = ipywidgets.HTML()
+
+    def redraw(_: Any = None) -> None:
+        shown.value = _image(draw(**{name: control.value for name, control in controls.items()}))
 
     for control in controls.values():
         control.style.description_width = "110px"
         control.layout.width = "330px"
-    # A height of its own keeps the page from jumping while one figure replaces another.
-    output = ipywidgets.interactive_output(show, dict(controls))
-    output.layout.min_height = "400px"
+        control.observe(redraw, names="value")
+    redraw()
     box = ipywidgets.Layout(flex_flow="row wrap")
-    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values()), layout=box), output])
+    return ipywidgets.VBox([ipywidgets.HBox(list(controls.values()), layout=box), shown])
+
+
+def _image(figure: Any) -> str:
+    data, metadata = figure._repr_mimebundle_()
+    size = metadata["image/png"]
+    return (
+        f"<img src='data:image/png;base64,{data['image/png']}' width='{size['width']}' height='{size['height']}' "
+        f"alt='{html.escape(size['alt'], quote=True)}'>"
+    )

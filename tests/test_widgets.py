@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,9 +22,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def displayed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the widgets hand to the notebook, in order."""
+    """The figures that the widgets show, in order."""
     shown: list[Any] = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
+    image = widgets._image
+
+    def watched_image(figure: Any) -> str:
+        shown.append(figure)
+        return image(figure)
+
+    monkeypatch.setattr("llmcourse.widgets._image", watched_image)
     return shown
 
 
@@ -100,15 +107,26 @@ def test_a_checkpoint_without_models_is_refused() -> None:
         widgets.checkpoint_cost({})
 
 
-def test_a_redrawn_figure_replaces_the_last_one_without_a_flicker(monkeypatch: pytest.MonkeyPatch) -> None:
-    cleared: list[bool] = []
-    monkeypatch.setattr(
-        "ipywidgets.widgets.interaction.clear_output", lambda wait=False: cleared.append(wait)
-    )
-    monkeypatch.setattr("IPython.display.display", lambda shown: None)
+def test_a_redrawn_figure_replaces_the_last_one_and_says_in_words_what_it_shows(displayed: list[Any]) -> None:
     widget = widgets.cached_layers(n=4)
+    before = widget.children[-1].value
     _control(widget, "layers that fit").value = 1
-    assert cleared == [True, True]
+    after = widget.children[-1].value
+    assert before != after
+    assert after.count("<img ") == 1
+    assert f"alt='{html.escape(displayed[-1].alt_text, quote=True)}'" in after
+
+
+def test_no_widget_holds_an_output_widget_which_hangs_clients_that_execute_notebooks() -> None:
+    import ipywidgets
+
+    for widget in (
+        widgets.cached_layers(),
+        widgets.checkpoint_cost(),
+        widgets.serving_cost(),
+        widgets.descent(),
+    ):
+        assert not any(isinstance(child, ipywidgets.Output) for child in widget.children)
 
 
 @pytest.mark.parametrize(("name", "value"), [("NBGRADER_EXECUTION", "validate"), ("LLMCOURSE_GRADING", "1")])
@@ -145,8 +163,9 @@ def test_a_checkpoint_of_a_public_model_in_many_files_says_how_large_each_is(dis
 def test_the_rounding_widget_offers_groups_that_divide_the_layer() -> None:
     widget = widgets.rounding(torch.randn(8, 96))
     assert list(_control(widget, "group size").options) == [16, 32]
+    before = widget.children[-1].value
     _control(widget, "bits").value = 2
-    assert isinstance(widget.children[-1].outputs, tuple)
+    assert widget.children[-1].value != before
 
 
 def test_the_serving_widget_counts_a_quantized_cache() -> None:
