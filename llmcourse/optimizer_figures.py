@@ -120,7 +120,7 @@ def descent(
         axes.plot(shown[:, 0], shown[:, 1], "o-", color=color, markersize=2.6, linewidth=1.4, label=name)
     axes.plot(*START, "o", color=INK, markersize=6)
     axes.plot(0, 0, "x", color=INK, markersize=9, mew=2)
-    axes.legend(frameon=False, loc="lower right", title=f"{DESCENT_STEPS} steps")
+    axes.legend(frameon=False, loc="upper right", title=f"{DESCENT_STEPS} steps")
     told = {
         name: "diverged" if path.diverged else f"loss {_small(path.losses[-1].item())}"
         for name, path in found.items()

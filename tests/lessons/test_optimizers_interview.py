@@ -16,7 +16,7 @@ from llmcourse import sizing
 from llmcourse.counting import TensorWork
 from llmcourse.interview_source import read_interview
 
-PATH = Path(__file__).parents[2] / "drafts" / "07_optimizers" / "interview.toml"
+PATH = Path(__file__).parents[2] / "solutions" / "07_optimizers" / "interview.toml"
 CONFIG = sizing.PUBLIC_CONFIGS["Llama-3.1-8B"]
 COUNT = sizing.parameter_breakdown(CONFIG)
 LINEAR = COUNT.attention + COUNT.mlp
