@@ -122,9 +122,9 @@ def rounding(weight: Tensor) -> VBox | None:
 
 # Of data sheets: NVIDIA H100 SXM and RTX 4090 (dense bfloat16), Apple M2 Max (float16, GPU); memory in GB.
 SERVING_DEVICES: Mapping[str, tuple[float, float, float]] = {
-    "80 GB, 3.35 TB/s, 989 TFLOP/s (H100 SXM)": (80, 3.35e12, 989e12),
-    "24 GB, 1.01 TB/s, 165 TFLOP/s (RTX 4090)": (24, 1.008e12, 165e12),
-    "64 GB, 0.4 TB/s, 27 TFLOP/s (M2 Max)": (64, 0.4e12, 27e12),
+    "H100 SXM: 80 GB, 3.35 TB/s": (80, 3.35e12, 989e12),
+    "RTX 4090: 24 GB, 1.01 TB/s": (24, 1.008e12, 165e12),
+    "M2 Max: 64 GB, 0.4 TB/s": (64, 0.4e12, 27e12),
 }
 STORED_BITS: Mapping[str, float] = {
     "bfloat16": 16,
@@ -210,7 +210,7 @@ def _redrawn(draw: Callable[..., Any], controls: Mapping[str, Any]) -> VBox:
 
     for control in controls.values():
         control.style.description_width = "110px"
-        control.layout.width = "330px"
+        control.layout.width = "350px"
         control.observe(redraw, names="value")
     redraw()
     box = ipywidgets.Layout(flex_flow="row wrap")
