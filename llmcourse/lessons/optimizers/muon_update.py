@@ -32,7 +32,12 @@ from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistak
     ),
 )
 def muon_update(
-    gradient: Tensor, momentum: Tensor, *, beta: float = 0.95, nesterov: bool = True, steps: int = 5
+    gradient: Tensor,
+    momentum: Tensor,
+    *,
+    beta: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
 ) -> Tensor:
     """What Muon subtracts, times the learning rate, from a weight matrix; about 15 lines.
 
