@@ -196,6 +196,11 @@ class TensorWork(TorchDispatchMode):
 
 def _formula(func: Any) -> Callable[..., int] | None:
     packet = func._overloadpacket
+    name = str(packet).removeprefix("aten.")
+    if name.endswith("_") and hasattr(
+        torch.ops.aten, name[:-1]
+    ):  # in place: the work is that of the operation it names
+        packet = getattr(torch.ops.aten, name[:-1])
     return _OWN_FORMULAS.get(str(packet)) or flop_registry.get(packet)
 
 

@@ -616,11 +616,13 @@ def recognise(
 ) -> tuple[Mistake, ...]:
     """Mistakes that best explain what failed: same data, then same complaint, then fewest other differences.
 
-    A mistake must explain every failed case; every failed cost only where no case failed. Best first: the cheapest
-    items are run before the others, and only for mistakes that could still come out on top.
+    A mistake must explain every failed case. Where no case failed it must explain every failed cost, and fail no case
+    either: right values at too high a price are not a wrong value's fault. Best first: the cheapest items are run
+    before the others, and only for mistakes that could still come out on top.
     """
     failed = {result.item.name: result for result in results if not result.agrees}
-    must = {name for name, result in failed.items() if result.item.kind == "case"} or set(failed)
+    wrong = {name for name, result in failed.items() if result.item.kind == "case"}
+    must = wrong or set(failed)
     items = cheapest_first(exercise, expected)
     mistakes = list(exercise.mistakes.values())
     # (complaints that are only alike, other differences), items left (the furthest first), which mistake
@@ -628,11 +630,11 @@ def recognise(
     left_of: list[list[Item]] = []
     for index, mistake in enumerate(mistakes):
         fails = mistake.fails
-        left_of.append([item for item in items if fails is None or item.name in failed])
-        if fails is None:
-            open_.append(((0, 0), len(items), index))
-        elif must <= fails:
-            open_.append(((0, len(fails - set(failed))), len(failed), index))
+        tried = set(failed) if wrong or fails is None else fails | set(failed)
+        left_of.append([item for item in items if fails is None or item.name in tried])
+        if fails is None or must <= fails:
+            others = 0 if fails is None or not wrong else len(fails - set(failed))
+            open_.append(((0, others), len(left_of[-1]), index))
     heapq.heapify(open_)
     best: list[tuple[tuple[int, int], int]] = []
     while open_ and (not best or open_[0][0] == best[0][0]):
@@ -644,7 +646,7 @@ def recognise(
         answer = runner.ours(exercise, mistakes[index].name)
         theirs = runner.run(exercise, answer, with_earlier_phases(exercise, [item]), seed, expected)
         likeness = likeness_of(exercise, item, theirs.get(item.name), failed.get(item.name), expected)
-        if likeness is not None or item.name not in must:
+        if likeness is not None or (item.name not in must and (wrong or item.kind == "cost")):
             rank = (alike + (likeness or 0), others + (likeness is None))
             heapq.heappush(open_, (rank, left - 1, index))
     return tuple(mistakes[index] for _, index in sorted(best, key=lambda found: found[1]))

@@ -88,8 +88,8 @@ def roofline_gain(verdict: Verdict) -> float | None:
 
 
 def found_when(verdict: Verdict) -> str:
-    """What introduces a mistake: several fit when nothing that was seen tells them apart."""
-    return "This is what you get when:" if len(verdict.mistakes) == 1 else "Probably one of these:"
+    """What introduces a mistake; it does as the answer did, which is no proof that the answer does as it does."""
+    return "You get this, for example, when:" if len(verdict.mistakes) == 1 else "Probably one of these:"
 
 
 def _shown(verdict: Verdict) -> list[ItemResult]:

@@ -560,3 +560,20 @@ def test_memory_given_back_inside_the_window_was_held_in_it() -> None:
     peak.stop()
     ((measured, _),) = peak.counts().values()
     assert measured is not None and measured >= 64 * MIB - 2 * counting.memory_error_bytes() - MIB
+
+
+@pytest.mark.parametrize("name", ["addmm", "baddbmm", "addmv"])
+def test_a_product_in_place_costs_what_the_same_product_costs(name: str) -> None:
+    shapes = {
+        "addmm": ((3, 5), (3, 7), (7, 5)),
+        "baddbmm": ((2, 3, 5), (2, 3, 7), (2, 7, 5)),
+        "addmv": ((3,), (3, 7), (7,)),
+    }
+    added, left, right = (torch.randn(shape) for shape in shapes[name])
+    with TensorWork() as new:
+        getattr(torch, name)(added, left, right)
+    with TensorWork(large_elements=1) as in_place:
+        getattr(added, f"{name}_")(left, right)
+    assert in_place.flops == new.flops > 0
+    assert in_place.uncounted == ()
+    assert in_place.allocated_bytes == 0

@@ -462,6 +462,26 @@ def test_a_mistake_that_only_costs_is_named_by_its_count(scaled):
     assert named(verdict(scaled, lambda x, by: (x * 1 * 1) * by)) == ["summed"]
 
 
+@pytest.mark.parametrize("fails", [None, ["first", "dear"]])
+def test_right_values_that_cost_too_much_are_no_wrong_values_fault(numbered, fails):
+    @cost(numbered, share=0.25)
+    def dear(answer, rng):
+        return {"calls": (answer.calls, 1)}
+
+    def dearly(n):
+        return n
+
+    def also_wrong(n):
+        return n + 7 if n == 1 else n
+
+    dearly.calls = also_wrong.calls = 2
+    numbered.calls = 1
+    mistake(numbered, "Wrong, and as dear.", fails=fails)(also_wrong)
+    found = verdict(numbered, dearly)
+    assert (found.verdict, named(found)) == ("right", [])
+    assert named(verdict(numbered, also_wrong)) == ["also_wrong"]
+
+
 class Noting(InProcess):
     """Notes which mistake is run on which items."""
 
