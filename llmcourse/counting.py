@@ -20,6 +20,7 @@ import os
 import sys
 import tempfile
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -250,6 +251,29 @@ def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
     return (tensor,)
+
+
+def reachable_bytes(*roots: Any) -> int:
+    """Bytes of all tensors that can be reached from these objects and their gradients, each storage once.
+
+    What is global where a function was defined, what a class holds and what a module holds are left out.
+    """
+    seen: dict[int, Any] = {}
+    tensors: list[Tensor] = []
+    todo = list(roots)
+    while todo:
+        thing = todo.pop()
+        if id(thing) in seen or isinstance(thing, type | types.ModuleType):
+            continue
+        seen[id(thing)] = thing
+        if isinstance(thing, Tensor):
+            tensors.append(thing)
+            todo.append(thing.grad if thing.is_leaf else None)
+        if isinstance(thing, types.FunctionType):
+            todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
+        else:
+            todo += gc.get_referents(thing)
+    return sum(_storage_bytes(tensors).values())
 
 
 # ---------------------------------------------------------------- saved for backward

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmcourse.exercise import Rng, alternative, case, cost, excuse, exercise, mistake, raised
+from llmcourse.stepping import (
+    gradients_of,
+    in_groups,
+    in_shared_memory,
+    read,
+    scheduled,
+    state_bytes,
+    values,
+    with_missing,
+    write,
+)
 
 
 @exercise(
@@ -163,13 +172,7 @@ def give(
     parameters: list[Any], rng: Rng, *, size: float = 1.0, sizes: Any = SIZES, missing: Any = ()
 ) -> None:
     """New gradients, from 1e-8 to 1e3 times `size`, no two rows or columns alike; None for those in `missing`."""
-    for index, (parameter, loudness) in enumerate(zip(parameters, sizes, strict=True)):
-        gradient = rng.normal(*parameter.shape, dtype=parameter.dtype) * (loudness * size)
-        parameter.grad = None if index in missing else gradient
-
-
-def values(parameters: list[Any]) -> list[Any]:
-    return [parameter.detach().clone() for parameter in parameters]
+    gradients_of(parameters, rng, sizes=sizes, size=size, missing=missing)
 
 
 def options(rng: Rng) -> dict[str, Any]:
@@ -287,8 +290,11 @@ def kernels(answer, rng):
 def groups_of_their_own(answer, rng):
     """Groups with options of their own: one without decay, one that is empty, one that comes later."""
     parameters = drawn(rng)
-    optimizer = answer(
-        [
+    return in_groups(
+        answer,
+        parameters,
+        lambda joined: give(parameters, rng),
+        first=[
             {"params": parameters[:1], "weight_decay": 0.0, "d": 2.0},
             {"params": []},
             {
@@ -299,18 +305,11 @@ def groups_of_their_own(answer, rng):
                 "weight_decay": 0.5,
             },
         ],
+        later={"params": parameters[3:], "eps": (0.01, 0.01)},
         lr=rng.choice((0.02, 0.04)),
         eps=(1e-30, 1e-3),
         weight_decay=rng.choice((0.1, 0.3)),
     )
-    seen = []
-    for step in range(6):
-        if step == 3:
-            optimizer.add_param_group({"params": parameters[3:], "eps": (0.01, 0.01)})
-        give(parameters, rng)
-        optimizer.step()
-        seen.append(values(parameters))
-    return seen
 
 
 @case(Adafactor)
@@ -319,12 +318,10 @@ def missing_gradients(answer, rng):
     parameters = drawn(rng)
     frozen = torch.nn.Parameter(rng.normal(4), requires_grad=False)
     optimizer = answer([frozen, *parameters], **options(rng))
-    seen = []
-    for missing in ((1,), (0, 2), (1,), (), (1, 3, 4), (0, 1, 2, 3, 4), ()):
-        give(parameters, rng, missing=missing)
-        optimizer.step()
-        seen.append(values([frozen, *parameters]))
-    return seen
+    missing = ((1,), (0, 2), (1,), (), (1, 3, 4), (0, 1, 2, 3, 4), ())
+    return with_missing(
+        optimizer, [frozen, *parameters], lambda missing: give(parameters, rng, missing=missing), missing
+    )
 
 
 @case(Adafactor)
@@ -346,36 +343,15 @@ def gradients_of_zero(answer, rng):
 def schedule(answer, rng):
     """A learning rate that a scheduler changes, from 0 up and down again; then another decay."""
     parameters = drawn(rng)
-    optimizer = answer(parameters, **options(rng))
-    factors = [0.0, 0.2, 1.0, 2.0, 0.3, 0.1, 1.0, 1.0]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
-    seen = []
-    for step in range(7):
-        give(parameters, rng)
-        optimizer.step()
-        scheduler.step()
-        seen.append(values(parameters))
-        if step == 4:
-            optimizer.param_groups[0]["weight_decay"] = rng.choice((0.6, 0.9))
-    return seen
+    optimizer, change = answer(parameters, **options(rng)), {"weight_decay": rng.choice((0.6, 0.9))}
+    factors = (0.0, 0.2, 1.0, 2.0, 0.3, 0.1, 1.0, 1.0)
+    return scheduled(optimizer, parameters, lambda step: give(parameters, rng), change, factors=factors)
 
 
 @case(Adafactor)
 def shared_memory(answer, rng):
     """Parameters that are views of other tensors, transposed and cut; gradients that stay for three steps."""
-    whole, wide = rng.normal(5, 3), rng.normal(4, 6)
-    parameters = [torch.nn.Parameter(whole.T), torch.nn.Parameter(wide[:, 1:4])]
-    optimizer = answer(parameters, **options(rng))
-    for parameter, gradient in zip(parameters, (rng.normal(5, 3).T, rng.normal(4, 3)), strict=True):
-        parameter.grad = gradient
-    for _ in range(3):
-        optimizer.step()
-    return {
-        "whole": whole,
-        "wide": wide,
-        "parameters": values(parameters),
-        "gradients": [parameter.grad for parameter in parameters],
-    }
+    return in_shared_memory(answer, rng, transposed_first=True, **options(rng))
 
 
 @case(Adafactor)
@@ -387,9 +363,7 @@ def before_the_pause(answer, rng):
         give(parameters, rng, missing=missing)
         optimizer.step()
     optimizer.param_groups[0]["lr"] *= 0.5
-    written = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "parameters": values(parameters)}, written)
-    return {"values": values(parameters), "saved": written.getvalue()}
+    return {"values": values(parameters), "saved": write(optimizer, parameters)}
 
 
 @case(Adafactor, after=before_the_pause)
@@ -397,11 +371,7 @@ def resumed(answer, rng, saved):
     """Three more steps in a new process that has only what was saved."""
     parameters = drawn(rng)
     optimizer = answer([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.5, weight_decay=0.9)
-    loaded = torch.load(io.BytesIO(saved), weights_only=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    with torch.no_grad():
-        for parameter, value in zip(parameters, loaded["parameters"], strict=True):
-            parameter.copy_(value)
+    read(saved, optimizer, parameters)
     for missing in ((1,), (), ()):
         give(parameters, rng, missing=missing)
         optimizer.step()
@@ -477,17 +447,6 @@ def rows_and_columns(answer, rng):
         state = optimizer.state_dict()["state"]
         counts[f"state, {name}, bytes"] = (state_bytes(state), 4 * needed[name] + 16)
     return counts
-
-
-def state_bytes(value: Any) -> int:
-    """Bytes of the tensors in it, each with the whole storage that would be saved, and 8 for each number."""
-    if isinstance(value, Tensor):
-        return value.untyped_storage().nbytes()
-    if isinstance(value, dict):
-        return sum(state_bytes(part) for part in value.values())
-    if isinstance(value, list | tuple):
-        return sum(state_bytes(part) for part in value)
-    return 8
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives

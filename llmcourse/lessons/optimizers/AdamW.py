@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,20 @@ import torch
 
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import alternative, case, cost, exercise, mistake, raised
+from llmcourse.stepping import (
+    drawn,
+    gradients_of,
+    in_groups,
+    in_shared_memory,
+    large,
+    read,
+    refused_gradients,
+    scheduled,
+    state_bytes,
+    values,
+    with_missing,
+    write,
+)
 
 
 @exercise(
@@ -121,23 +134,9 @@ class AdamW(torch.optim.Optimizer):
 SIZES = (1e-8, 1e-3, 1.0, 1e3)
 
 
-def drawn(rng, dtype=torch.float32):
-    """Parameters of 2, 3, 1 and 0 dimensions, of magnitudes around 1; the scalar is too large to come near 0."""
-    shapes = ((3, 5), (2, 3, 4), (7,))
-    several = [rng.normal(*shape, dtype=dtype) + rng.choice((-1, 1)) for shape in shapes]
-    scalar = rng.uniform(3, 4, dtype=dtype) * rng.choice((-1, 1))
-    return [torch.nn.Parameter(value) for value in (*several, scalar)]
-
-
 def give(parameters, rng, *, size=1.0, missing=()):
     """New gradients, from 1e-8 to 1e3 times `size`; None for the parameters in `missing`."""
-    for index, (parameter, loudness) in enumerate(zip(parameters, SIZES, strict=True)):
-        gradient = rng.normal(*parameter.shape, dtype=parameter.dtype) * (loudness * size)
-        parameter.grad = None if index in missing else gradient
-
-
-def values(parameters):
-    return [parameter.detach().clone() for parameter in parameters]
+    gradients_of(parameters, rng, sizes=SIZES, size=size, missing=missing)
 
 
 def options(rng):
@@ -179,23 +178,19 @@ def defaults_in_float64(answer, rng):
 def groups_of_their_own(answer, rng):
     """Groups with options of their own: one without decay, one that is empty, one that comes later."""
     parameters = drawn(rng)
-    optimizer = answer(
-        [
+    return in_groups(
+        answer,
+        parameters,
+        lambda joined: give(parameters, rng),
+        first=[
             {"params": parameters[:1], "weight_decay": 0.0},
             {"params": []},
             {"params": parameters[1:3], "lr": 0.1, "betas": (0.5, 0.8), "eps": 0.3, "weight_decay": 0.5},
         ],
+        later={"params": parameters[3:], "eps": 0.1},
         lr=rng.choice((0.02, 0.04)),
         weight_decay=rng.choice((0.1, 0.3)),
     )
-    seen = []
-    for step in range(6):
-        if step == 3:
-            optimizer.add_param_group({"params": parameters[3:], "eps": 0.1})
-        give(parameters, rng)
-        optimizer.step()
-        seen.append(values(parameters))
-    return seen
 
 
 @case(AdamW)
@@ -204,12 +199,10 @@ def missing_gradients(answer, rng):
     parameters = drawn(rng)
     frozen = torch.nn.Parameter(rng.normal(4), requires_grad=False)
     optimizer = answer([frozen, *parameters], **options(rng))
-    seen = []
-    for missing in ((1,), (0, 2), (1,), (), (1, 3), (0, 1, 2, 3), ()):
-        give(parameters, rng, missing=missing)
-        optimizer.step()
-        seen.append(values([frozen, *parameters]))
-    return seen
+    missing = ((1,), (0, 2), (1,), (), (1, 3), (0, 1, 2, 3), ())
+    return with_missing(
+        optimizer, [frozen, *parameters], lambda missing: give(parameters, rng, missing=missing), missing
+    )
 
 
 @case(AdamW)
@@ -229,35 +222,14 @@ def gradients_of_zero(answer, rng):
 def schedule(answer, rng):
     """A learning rate that a scheduler changes, from 0 up and down again; then another decay."""
     parameters = drawn(rng)
-    optimizer = answer(parameters, **options(rng))
-    factors = [0.0, 0.5, 1.0, 1.5, 0.3, 0.1, 1.0, 1.0]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
-    seen = []
-    for step in range(7):
-        give(parameters, rng)
-        optimizer.step()
-        scheduler.step()
-        seen.append(values(parameters))
-        if step == 4:
-            optimizer.param_groups[0]["weight_decay"] = rng.choice((0.6, 0.9))
-    return seen
+    optimizer, change = answer(parameters, **options(rng)), {"weight_decay": rng.choice((0.6, 0.9))}
+    return scheduled(optimizer, parameters, lambda step: give(parameters, rng), change)
 
 
 @case(AdamW)
 def shared_memory(answer, rng):
     """Parameters that are views of other tensors, transposed and cut; gradients that stay for three steps."""
-    whole, wide = rng.normal(5, 3), rng.normal(4, 6)
-    parameters = [torch.nn.Parameter(whole.T), torch.nn.Parameter(wide[:, 1:4])]
-    optimizer = answer(parameters, **options(rng))
-    parameters[0].grad, parameters[1].grad = rng.normal(3, 5), rng.normal(3, 4).T
-    for _ in range(3):
-        optimizer.step()
-    return {
-        "whole": whole,
-        "wide": wide,
-        "parameters": values(parameters),
-        "gradients": [p.grad for p in parameters],
-    }
+    return in_shared_memory(answer, rng, **options(rng))
 
 
 @case(AdamW)
@@ -284,9 +256,7 @@ def before_the_pause(answer, rng):
         give(parameters, rng, missing=missing)
         optimizer.step()
     optimizer.param_groups[0]["lr"] *= 0.5
-    written = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "parameters": values(parameters)}, written)
-    return {"values": values(parameters), "saved": written.getvalue()}
+    return {"values": values(parameters), "saved": write(optimizer, parameters)}
 
 
 @case(AdamW, after=before_the_pause)
@@ -294,22 +264,11 @@ def resumed(answer, rng, saved):
     """Three more steps in a new process that has only what was saved."""
     parameters = drawn(rng)
     optimizer = answer([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.5, weight_decay=0.9)
-    loaded = torch.load(io.BytesIO(saved), weights_only=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    with torch.no_grad():
-        for parameter, value in zip(parameters, loaded["parameters"], strict=True):
-            parameter.copy_(value)
+    read(saved, optimizer, parameters)
     for missing in ((1,), (), ()):
         give(parameters, rng, missing=missing)
         optimizer.step()
     return values(parameters)
-
-
-def with_gradient(value, gradient):
-    """One parameter that has this gradient."""
-    parameter = torch.nn.Parameter(value)
-    parameter.grad = gradient
-    return [parameter]
 
 
 @case(AdamW)
@@ -327,13 +286,6 @@ def refused(answer, rng):
         **{f"b1 {value}": {"betas": (value, 0.9)} for value in (bad, 1.0, 1.5, torch.nan)},
         **{f"b2 {value}": {"betas": (0.9, value)} for value in (bad, 1.0, 1.5, torch.nan)},
     }
-    x = rng.normal(3, 2)
-    gradients = {
-        "sparse": with_gradient(x, rng.normal(3, 2).to_sparse()),
-        "complex": with_gradient(x.to(torch.complex64), rng.normal(3, 2).to(torch.complex64)),
-        "bfloat16": with_gradient(x.bfloat16(), rng.normal(3, 2, dtype=torch.bfloat16)),
-        "float16": with_gradient(x.half(), rng.normal(3, 2, dtype=torch.float16)),
-    }
     two = answer([{"params": parameters[:2]}, {"params": parameters[2:]}])
     edge = answer(parameters, lr=rng.choice((0.1, 0.2)), betas=(0.0, 0.0), eps=0.0, weight_decay=0.0)
     edge.step()
@@ -343,25 +295,8 @@ def refused(answer, rng):
         "no parameters": raised(answer, []),
         "other groups": raised(two.load_state_dict, edge.state_dict()),
         **{name: raised(answer, parameters, **given) for name, given in arguments.items()},
-        **{name: raised(answer(given).step) for name, given in gradients.items()},
+        **refused_gradients(answer, rng),
     }
-
-
-def large(rng):
-    """Parameters of some kilobytes, of which the last has no gradient."""
-    shapes = ((rng.integer(30, 40), 24), (130,), (3, 5, 9), (500,))
-    parameters = [torch.nn.Parameter(rng.normal(*shape)) for shape in shapes]
-    for parameter in parameters[:3]:
-        parameter.grad = rng.normal(*parameter.shape)
-    return parameters
-
-
-def held_bytes(data):
-    """Bytes of the tensors in nested dicts, lists and tuples."""
-    if isinstance(data, torch.Tensor):
-        return data.nbytes
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
-    return sum(map(held_bytes, parts))
 
 
 @cost(AdamW, share=1 / 6)
@@ -374,7 +309,7 @@ def state_of_two_moments(answer, rng):
     at_most = sum(2 * parameter.nbytes + 16 for parameter in parameters[:3])
     return {
         "observed": values(parameters),
-        "bytes of state": (held_bytes(optimizer.state_dict()["state"]), at_most),
+        "bytes of state": (state_bytes(optimizer.state_dict()["state"]), at_most),
     }
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import types
-
 import torch
 from torch import Tensor
 
-from llmcourse.counting import TensorWork
+from llmcourse.counting import TensorWork, reachable_bytes
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised
 
 
@@ -324,24 +321,6 @@ def refused(answer, rng):
     return {**found, "negative": raised(answer, -values, signed=False), "block sizes": sizes}
 
 
-def bytes_held(root):
-    """Bytes of all tensors that can be reached from an object, each storage once."""
-    reached, sizes, todo = {}, {}, [root]
-    while todo:
-        thing = todo.pop()
-        if id(thing) in reached or isinstance(thing, type | types.ModuleType):
-            continue
-        reached[id(thing)] = thing
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-        if isinstance(thing, types.FunctionType):  # not what is global where it was defined
-            todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
-        else:
-            todo += gc.get_referents(thing)
-    return sum(sizes.values())
-
-
 def written_once_and_read(answer, values, signed, block):
     """A state that was made, written and read."""
     state = answer(torch.zeros_like(values), signed=signed, block_size=block)
@@ -359,7 +338,7 @@ def bytes_really_held(answer, rng):
             state, read = written_once_and_read(answer, values, signed, block)
             observed.append(read)
             name = f"bytes held for {20_000 if block == 256 else 24_000} values and more, signed {signed}"
-            counts[name] = (bytes_held(state), count + 4 * -(-count // block) + 4096)
+            counts[name] = (reachable_bytes(state), count + 4 * -(-count // block) + 4096)
     return {"observed": observed, **counts}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,19 @@ import torch
 
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import alternative, case, cost, exercise, mistake, raised
+from llmcourse.stepping import (
+    drawn,
+    in_groups,
+    in_shared_memory,
+    large,
+    read,
+    refused_gradients,
+    scheduled,
+    state_bytes,
+    values,
+    with_missing,
+    write,
+)
 
 
 @exercise(
@@ -102,14 +114,6 @@ class Lion(torch.optim.Optimizer):
 SIZES = (1e-8, 1e-3, 1.0, 1e3)
 
 
-def drawn(rng, dtype=torch.float32):
-    """Parameters of 2, 3, 1 and 0 dimensions, of magnitudes around 1; the scalar is too large to come near 0."""
-    shapes = ((3, 5), (2, 3, 4), (7,))
-    several = [rng.normal(*shape, dtype=dtype) + rng.choice((-1, 1)) for shape in shapes]
-    scalar = rng.uniform(3, 4, dtype=dtype) * rng.choice((-1, 1))
-    return [torch.nn.Parameter(value) for value in (*several, scalar)]
-
-
 class Gradients:
     """Gradients whose interpolation with m stays away from 0, so that its sign is one and the same in any order."""
 
@@ -134,10 +138,6 @@ class Gradients:
         margin = 1e-2 * (1 - b1) * max(size, float(average.abs().max()))
         further = torch.copysign(torch.full_like(mixed, 2 * margin / (1 - b1)), mixed)
         return torch.where(mixed.abs() < margin, gradient + further, gradient)
-
-
-def values(parameters):
-    return [parameter.detach().clone() for parameter in parameters]
 
 
 def options(rng):
@@ -190,29 +190,30 @@ def a_fine_line_in_float64(answer, rng):
 def groups_of_their_own(answer, rng):
     """Groups with options of their own: one without decay, one that is empty, one that comes later."""
     parameters = drawn(rng)
-    optimizer = answer(
-        [
-            {"params": parameters[:1], "weight_decay": 0.0},
-            {"params": []},
-            {"params": parameters[1:3], "lr": 0.1, "betas": (0.5, 0.8), "weight_decay": 0.5},
-        ],
-        lr=rng.choice((0.02, 0.04)),
-        weight_decay=rng.choice((0.1, 0.3)),
-    )
     gradients = [
         Gradients(parameters[:1], rng, (0.9, 0.99)),
         Gradients(parameters[1:3], rng, (0.5, 0.8)),
         Gradients(parameters[3:], rng, (0.7, 0.9)),
     ]
-    seen = []
-    for step in range(12):
-        if step == 3:
-            optimizer.add_param_group({"params": parameters[3:], "betas": (0.7, 0.9)})
-        for some in gradients if step >= 3 else gradients[:2]:
+
+    def give(joined):
+        for some in gradients if joined else gradients[:2]:
             some.give()
-        optimizer.step()
-        seen.append(values(parameters))
-    return seen
+
+    return in_groups(
+        answer,
+        parameters,
+        give,
+        first=[
+            {"params": parameters[:1], "weight_decay": 0.0},
+            {"params": []},
+            {"params": parameters[1:3], "lr": 0.1, "betas": (0.5, 0.8), "weight_decay": 0.5},
+        ],
+        later={"params": parameters[3:], "betas": (0.7, 0.9)},
+        steps=12,
+        lr=rng.choice((0.02, 0.04)),
+        weight_decay=rng.choice((0.1, 0.3)),
+    )
 
 
 @case(Lion)
@@ -222,12 +223,8 @@ def missing_gradients(answer, rng):
     frozen = torch.nn.Parameter(rng.normal(4), requires_grad=False)
     optimizer = answer([frozen, *parameters], **given)
     gradients = Gradients(parameters, rng, given["betas"])
-    seen = []
-    for missing in ((1,), (0, 2), (1,), (), (1, 3), (0, 1, 2, 3), (), (2,), (), ()):
-        gradients.give(missing=missing)
-        optimizer.step()
-        seen.append(values([frozen, *parameters]))
-    return seen
+    missing = ((1,), (0, 2), (1,), (), (1, 3), (0, 1, 2, 3), (), (2,), (), ())
+    return with_missing(optimizer, [frozen, *parameters], gradients.give, missing)
 
 
 @case(Lion)
@@ -267,34 +264,16 @@ def schedule(answer, rng):
     """A learning rate that a scheduler changes, from 0 up and down again; then another decay."""
     parameters, given = drawn(rng), options(rng)
     optimizer, gradients = answer(parameters, **given), Gradients(parameters, rng, given["betas"])
-    factors = [0.0, 0.5, 1.0, 1.5, 0.3, 0.1, 1.0, 1.0]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
-    seen = []
-    for step in range(7):
-        gradients.give(size=100.0 if step == 0 else 1.0)
-        optimizer.step()
-        scheduler.step()
-        seen.append(values(parameters))
-        if step == 4:
-            optimizer.param_groups[0]["weight_decay"] = rng.choice((0.6, 0.9))
-    return seen
+    change = {"weight_decay": rng.choice((0.6, 0.9))}
+    return scheduled(
+        optimizer, parameters, lambda step: gradients.give(size=100.0 if step == 0 else 1.0), change
+    )
 
 
 @case(Lion)
 def shared_memory(answer, rng):
     """Parameters that are views of other tensors, transposed and cut; gradients that stay for three steps."""
-    whole, wide = rng.normal(5, 3), rng.normal(4, 6)
-    parameters = [torch.nn.Parameter(whole.T), torch.nn.Parameter(wide[:, 1:4])]
-    optimizer = answer(parameters, **options(rng))
-    parameters[0].grad, parameters[1].grad = rng.normal(3, 5), rng.normal(3, 4).T
-    for _ in range(3):
-        optimizer.step()
-    return {
-        "whole": whole,
-        "wide": wide,
-        "parameters": values(parameters),
-        "gradients": [p.grad for p in parameters],
-    }
+    return in_shared_memory(answer, rng, **options(rng))
 
 
 @case(Lion)
@@ -322,10 +301,8 @@ def before_the_pause(answer, rng):
         gradients.give(missing=missing, size=100.0)
         optimizer.step()
     optimizer.param_groups[0]["lr"] *= 0.5
-    written = io.BytesIO()
-    kept = {"optimizer": optimizer.state_dict(), "parameters": values(parameters)}
-    torch.save({**kept, "betas": given["betas"], "averages": gradients.averages}, written)
-    return {"values": values(parameters), "saved": written.getvalue()}
+    saved = write(optimizer, parameters, betas=given["betas"], averages=gradients.averages)
+    return {"values": values(parameters), "saved": saved}
 
 
 @case(Lion, after=before_the_pause)
@@ -333,11 +310,7 @@ def resumed(answer, rng, saved):
     """Six more steps in a new process that has only what was saved."""
     parameters = drawn(rng)
     optimizer = answer([{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.5, weight_decay=0.9)
-    loaded = torch.load(io.BytesIO(saved), weights_only=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    with torch.no_grad():
-        for parameter, value in zip(parameters, loaded["parameters"], strict=True):
-            parameter.copy_(value)
+    loaded = read(saved, optimizer, parameters)
     gradients = Gradients(parameters, rng, loaded["betas"])
     gradients.averages = loaded["averages"]
     seen = []
@@ -346,13 +319,6 @@ def resumed(answer, rng, saved):
         optimizer.step()
         seen.append(values(parameters))
     return seen
-
-
-def with_gradient(value, gradient):
-    """One parameter that has this gradient."""
-    parameter = torch.nn.Parameter(value)
-    parameter.grad = gradient
-    return [parameter]
 
 
 @case(Lion)
@@ -366,13 +332,6 @@ def refused(answer, rng):
         **{f"b1 {value}": {"betas": (value, 0.9)} for value in (bad, 1.0, 1.5, torch.nan)},
         **{f"b2 {value}": {"betas": (0.9, value)} for value in (bad, 1.0, 1.5, torch.nan)},
     }
-    x = rng.normal(3, 2)
-    gradients = {
-        "sparse": with_gradient(x, rng.normal(3, 2).to_sparse()),
-        "complex": with_gradient(x.to(torch.complex64), rng.normal(3, 2).to(torch.complex64)),
-        "bfloat16": with_gradient(x.bfloat16(), rng.normal(3, 2, dtype=torch.bfloat16)),
-        "float16": with_gradient(x.half(), rng.normal(3, 2, dtype=torch.float16)),
-    }
     two = answer([{"params": parameters[:2]}, {"params": parameters[2:]}])
     edge = answer(parameters, lr=rng.choice((0.1, 0.2)), betas=(0.0, 0.0), weight_decay=0.0)
     edge.step()
@@ -382,25 +341,8 @@ def refused(answer, rng):
         "no parameters": raised(answer, []),
         "other groups": raised(two.load_state_dict, edge.state_dict()),
         **{name: raised(answer, parameters, **given) for name, given in arguments.items()},
-        **{name: raised(answer(given).step) for name, given in gradients.items()},
+        **refused_gradients(answer, rng),
     }
-
-
-def large(rng):
-    """Parameters of some kilobytes, of which the last has no gradient."""
-    shapes = ((rng.integer(30, 40), 24), (130,), (3, 5, 9), (500,))
-    parameters = [torch.nn.Parameter(rng.normal(*shape)) for shape in shapes]
-    for parameter in parameters[:3]:
-        parameter.grad = rng.normal(*parameter.shape)
-    return parameters
-
-
-def held_bytes(data):
-    """Bytes of the tensors in nested dicts, lists and tuples."""
-    if isinstance(data, torch.Tensor):
-        return data.nbytes
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
-    return sum(map(held_bytes, parts))
 
 
 @cost(Lion, share=1 / 6)
@@ -413,7 +355,7 @@ def state_of_one_average(answer, rng):
     at_most = sum(parameter.nbytes + 16 for parameter in parameters[:3])
     return {
         "observed": values(parameters),
-        "bytes of state": (held_bytes(optimizer.state_dict()["state"]), at_most),
+        "bytes of state": (state_bytes(optimizer.state_dict()["state"]), at_most),
     }
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import io
-import types
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from llmcourse.counting import reachable_bytes
 from llmcourse.exercise import alternative, case, cost, exercise, mistake, raised
+from llmcourse.stepping import values
 
 
 @exercise(
@@ -133,10 +133,6 @@ def masters_in(optimizer):
     return [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
 
 
-def copies(parameters):
-    return [p.detach().clone() for p in parameters]
-
-
 def give_gradients(parameters, rng, missing=()):
     """Gradients of 1e-8, 1e3 and 1, none for the parameters in `missing`."""
     for index, (p, size) in enumerate(zip(parameters, (1e-8, 1e3, 1.0), strict=True)):
@@ -210,11 +206,11 @@ def adamw_with_groups_and_missing_gradients(answer, rng):
     for missing in ((), (1,), (0, 2), (0,), ()):
         give_gradients(parameters, rng, missing)
         training.step()
-        seen += [copies(parameters), masters_in(made[0])]
+        seen += [values(parameters), masters_in(made[0])]
     for p in parameters:
         p.grad = torch.zeros_like(p)
     training.step()
-    return {"each step": seen, "zeros as gradients": [copies(parameters), masters_in(made[0])]}
+    return {"each step": seen, "zeros as gradients": [values(parameters), masters_in(made[0])]}
 
 
 @case(MasterWeights)
@@ -227,7 +223,7 @@ def what_the_optimizer_is_given(answer, rng):
         calls.append(
             {
                 "type": type(masters).__name__,
-                "values": copies(masters),
+                "values": values(masters),
                 "own memory": len({t.data_ptr() for t in [*masters, *parameters]}),
             }
         )
@@ -240,7 +236,7 @@ def what_the_optimizer_is_given(answer, rng):
     give_gradients(parameters, rng, missing=(0,))
     parameters[1].grad[:3] = torch.tensor(rng.shuffled([torch.nan, torch.inf, -torch.inf]))
     training.step()
-    return {"calls": calls, "gradients": made[0].seen, "values": copies(parameters)}
+    return {"calls": calls, "gradients": made[0].seen, "values": values(parameters)}
 
 
 @case(MasterWeights)
@@ -285,7 +281,7 @@ def momentum_and_a_schedule(answer, rng):
                 p.grad = rng.normal(*p.shape, dtype=p.dtype)
         training.step()
         scheduler.step()
-    return {"values": copies(parameters), "masters": masters_in(made[0])}
+    return {"values": values(parameters), "masters": masters_in(made[0])}
 
 
 def adamw(masters):
@@ -303,7 +299,7 @@ def before_the_pause(answer, rng):
     made[0].param_groups[0]["lr"] = rng.choice([0.001, 0.002])
     written = io.BytesIO()
     torch.save(training.state_dict(), written)
-    return {"values": copies(parameters), "saved": written.getvalue()}
+    return {"values": values(parameters), "saved": written.getvalue()}
 
 
 @case(MasterWeights, after=before_the_pause)
@@ -312,16 +308,16 @@ def resumed(answer, rng, saved):
     parameters = parameters_of(rng)
     training, made = wrapped(answer, iter(parameters), adamw)
     training.load_state_dict(torch.load(io.BytesIO(saved), weights_only=True))
-    seen = {"weights at once": copies(parameters), "masters at once": masters_in(made[0])}
+    seen = {"weights at once": values(parameters), "masters at once": masters_in(made[0])}
     for missing in ((1,), (), ()):
         give_gradients(parameters, rng, missing)
         training.step()
-    seen["weights later"] = copies(parameters)
+    seen["weights later"] = values(parameters)
     seen["masters later"] = masters_in(made[0])
     made[0].param_groups[0]["lr"] = 0.05
     give_gradients(parameters, rng)
     training.step()
-    return {**seen, "another learning rate": copies(parameters), "optimizers made": len(made)}
+    return {**seen, "another learning rate": values(parameters), "optimizers made": len(made)}
 
 
 @case(MasterWeights)
@@ -333,7 +329,7 @@ def turned_back(answer, rng):
     training.step()
     written = io.BytesIO()
     torch.save(training.state_dict(), written)
-    gradients = copies([p.grad for p in parameters])
+    gradients = values([p.grad for p in parameters])
     for _ in range(2):
         give_gradients(parameters, rng)
         training.step()
@@ -341,7 +337,7 @@ def turned_back(answer, rng):
     for p, gradient in zip(parameters, gradients, strict=True):
         p.grad = gradient
     training.step()
-    return {"weights": copies(parameters), "masters": masters_in(made[0])}
+    return {"weights": values(parameters), "masters": masters_in(made[0])}
 
 
 def plain(masters):
@@ -388,28 +384,9 @@ def refused(answer, rng):
         "none": raised(answer, iter([]), lambda masters: None),
         "twice": raised(answer, iter(twice), plain),
         "equal values": raised(answer, [*parameters, torch.nn.Parameter(parameters[0].clone())], plain),
-        "values": copies(parameters),
+        "values": values(parameters),
         "masters": masters_in(made[0]),
     }
-
-
-def bytes_held(*roots):
-    """Bytes of all tensors that can be reached from these objects, each storage once."""
-    seen, sizes, todo = {}, {}, list(roots)
-    while todo:
-        thing = todo.pop()
-        if id(thing) in seen or isinstance(thing, type | types.ModuleType):
-            continue
-        seen[id(thing)] = thing
-        if isinstance(thing, torch.Tensor):
-            storage = thing.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
-            todo.append(thing.grad if thing.is_leaf else None)
-        if isinstance(thing, types.FunctionType):  # not what is global where it was defined
-            todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
-        else:
-            todo += gc.get_referents(thing)
-    return sum(sizes.values())
 
 
 @cost(MasterWeights, share=1 / 3)
@@ -424,7 +401,10 @@ def bytes_by_part(answer, rng):
         parameters = parameters_of(rng, shapes=shapes)
         weights = sum(p.numel() for p in parameters)
         training, made = wrapped(answer, iter(parameters), make)
-        counts[f"bytes a parameter at first, {name}"] = (bytes_held(training, parameters) / weights, 2 + 4)
+        counts[f"bytes a parameter at first, {name}"] = (
+            reachable_bytes(training, parameters) / weights,
+            2 + 4,
+        )
         for _ in range(2):
             for p in parameters:
                 p.grad = rng.integers(-8, 8, *p.shape).to(p.dtype)
@@ -432,15 +412,15 @@ def bytes_by_part(answer, rng):
         if name == "SGD":
             made[0].seen.clear()
         counts[f"bytes a parameter after a step, {name}"] = (
-            bytes_held(training, parameters) / weights,
+            reachable_bytes(training, parameters) / weights,
             with_gradients + 0.1,  # AdamW counts the steps of each tensor in 4 bytes
         )
         training.zero_grad()
         counts[f"bytes a parameter after zero_grad, {name}"] = (
-            bytes_held(training, parameters) / weights,
+            reachable_bytes(training, parameters) / weights,
             with_gradients - 2 + 0.1,
         )
-        observed.append(copies(parameters))
+        observed.append(values(parameters))
     return {"observed": observed, **counts}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,20 @@ import torch
 
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import alternative, case, cost, exercise, mistake, raised
+from llmcourse.stepping import (
+    drawn,
+    gradients_of,
+    in_groups,
+    in_shared_memory,
+    large,
+    read,
+    refused_gradients,
+    scheduled,
+    state_bytes,
+    values,
+    with_missing,
+    write,
+)
 
 
 @exercise(
@@ -119,23 +132,9 @@ class SGD(torch.optim.Optimizer):
 SIZES = (1.0, 1e-8, 1e3, 1e-3)
 
 
-def drawn(rng, dtype=torch.float32):
-    """Parameters of 2, 3, 1 and 0 dimensions, of magnitudes around 1; the scalar is too large to come near 0."""
-    shapes = ((3, 5), (2, 3, 4), (7,))
-    several = [rng.normal(*shape, dtype=dtype) + rng.choice((-1, 1)) for shape in shapes]
-    scalar = rng.uniform(3, 4, dtype=dtype) * rng.choice((-1, 1))
-    return [torch.nn.Parameter(value) for value in (*several, scalar)]
-
-
 def give(parameters, rng, *, size=1.0, missing=()):
     """New gradients, from 1e-8 to 1e3 times `size`; None for the parameters in `missing`."""
-    for index, (parameter, loudness) in enumerate(zip(parameters, SIZES, strict=True)):
-        gradient = rng.normal(*parameter.shape, dtype=parameter.dtype) * (loudness * size)
-        parameter.grad = None if index in missing else gradient
-
-
-def values(parameters):
-    return [parameter.detach().clone() for parameter in parameters]
+    gradients_of(parameters, rng, sizes=SIZES, size=size, missing=missing)
 
 
 def options(rng):
@@ -195,26 +194,22 @@ def defaults_and_float64(answer, rng):
 def groups_of_their_own(answer, rng):
     """Groups with options of their own: one without decay, one without momentum, an empty one, one that comes later."""
     parameters = drawn(rng)
-    optimizer = answer(
-        [
+    return in_groups(
+        answer,
+        parameters,
+        lambda joined: give(parameters, rng),
+        first=[
             {"params": parameters[:1], "weight_decay": 0.0, "nesterov": False},
             {"params": []},
             {"params": parameters[1:2], "lr": 0.1, "momentum": 0.5, "weight_decay": 0.5},
             {"params": parameters[2:3], "momentum": 0.0, "nesterov": False},
         ],
+        later={"params": parameters[3:], "momentum": 0.7},
         lr=rng.choice((0.02, 0.04)),
         momentum=0.9,
         weight_decay=rng.choice((0.1, 0.3)),
         nesterov=True,
     )
-    seen = []
-    for step in range(6):
-        if step == 3:
-            optimizer.add_param_group({"params": parameters[3:], "momentum": 0.7})
-        give(parameters, rng)
-        optimizer.step()
-        seen.append(values(parameters))
-    return seen
 
 
 @case(SGD)
@@ -223,12 +218,10 @@ def missing_gradients(answer, rng):
     parameters = drawn(rng)
     frozen = torch.nn.Parameter(rng.normal(4), requires_grad=False)
     optimizer = answer([frozen, *parameters], **options(rng))
-    seen = []
-    for missing in ((1,), (0, 2), (1,), (), (1, 3), (0, 1, 2, 3), ()):
-        give(parameters, rng, missing=missing)
-        optimizer.step()
-        seen.append(values([frozen, *parameters]))
-    return seen
+    missing = ((1,), (0, 2), (1,), (), (1, 3), (0, 1, 2, 3), ())
+    return with_missing(
+        optimizer, [frozen, *parameters], lambda missing: give(parameters, rng, missing=missing), missing
+    )
 
 
 @case(SGD)
@@ -248,34 +241,20 @@ def gradients_of_zero(answer, rng):
 def schedule(answer, rng):
     """A learning rate that a scheduler changes, from 0 up and down again; then another momentum and decay."""
     parameters = drawn(rng)
-    optimizer = answer(parameters, **options(rng))
-    factors = [0.0, 0.5, 1.0, 1.5, 0.3, 0.1, 1.0, 1.0]
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[step])
-    seen = []
-    for step in range(7):
-        give(parameters, rng)
-        optimizer.step()
-        scheduler.step()
-        seen.append(values(parameters))
-        if step == 4:
-            optimizer.param_groups[0].update(momentum=0.4, weight_decay=rng.choice((0.6, 0.9)))
-    return seen
+    optimizer, change = (
+        answer(parameters, **options(rng)),
+        {"momentum": 0.4, "weight_decay": rng.choice((0.6, 0.9))},
+    )
+    return scheduled(optimizer, parameters, lambda step: give(parameters, rng), change)
 
 
 @case(SGD)
 def shared_memory(answer, rng):
     """Parameters that are views of other tensors, transposed and cut; gradients that stay for three steps."""
-    found = {}
-    for nesterov in (False, True):
-        whole, wide = rng.normal(5, 3), rng.normal(4, 6)
-        parameters = [torch.nn.Parameter(whole.T), torch.nn.Parameter(wide[:, 1:4])]
-        optimizer = answer(parameters, **options(rng), nesterov=nesterov)
-        parameters[0].grad, parameters[1].grad = rng.normal(3, 5), rng.normal(3, 4).T
-        for _ in range(3):
-            optimizer.step()
-        gradients = [parameter.grad for parameter in parameters]
-        found[f"nesterov {nesterov}"] = [whole, wide, values(parameters), gradients]
-    return found
+    return {
+        f"nesterov {nesterov}": in_shared_memory(answer, rng, **options(rng), nesterov=nesterov)
+        for nesterov in (False, True)
+    }
 
 
 @case(SGD)
@@ -302,9 +281,7 @@ def before_the_pause(answer, rng):
         give(parameters, rng, missing=missing)
         optimizer.step()
     optimizer.param_groups[0]["lr"] *= 0.5
-    written = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "parameters": values(parameters)}, written)
-    return {"values": values(parameters), "saved": written.getvalue()}
+    return {"values": values(parameters), "saved": write(optimizer, parameters)}
 
 
 @case(SGD, after=before_the_pause)
@@ -314,22 +291,11 @@ def resumed(answer, rng, saved):
     optimizer = answer(
         [{"params": parameters[:3]}, {"params": parameters[3:]}], lr=0.5, momentum=0.3, weight_decay=0.9
     )
-    loaded = torch.load(io.BytesIO(saved), weights_only=True)
-    optimizer.load_state_dict(loaded["optimizer"])
-    with torch.no_grad():
-        for parameter, value in zip(parameters, loaded["parameters"], strict=True):
-            parameter.copy_(value)
+    read(saved, optimizer, parameters)
     for missing in ((1,), (), ()):
         give(parameters, rng, missing=missing)
         optimizer.step()
     return values(parameters)
-
-
-def with_gradient(value, gradient):
-    """One parameter that has this gradient."""
-    parameter = torch.nn.Parameter(value)
-    parameter.grad = gradient
-    return [parameter]
 
 
 @case(SGD)
@@ -343,13 +309,6 @@ def refused(answer, rng):
         **{f"momentum {value}": {"momentum": value} for value in (bad, 1.0, 1.5, torch.nan)},
         "nesterov alone": {"nesterov": True},
     }
-    x = rng.normal(3, 2)
-    gradients = {
-        "sparse": with_gradient(x, rng.normal(3, 2).to_sparse()),
-        "complex": with_gradient(x.to(torch.complex64), rng.normal(3, 2).to(torch.complex64)),
-        "bfloat16": with_gradient(x.bfloat16(), rng.normal(3, 2, dtype=torch.bfloat16)),
-        "float16": with_gradient(x.half(), rng.normal(3, 2, dtype=torch.float16)),
-    }
     two = answer([{"params": parameters[:2]}, {"params": parameters[2:]}])
     edge = answer(parameters, lr=rng.choice((0.1, 0.2)), momentum=0.0, weight_decay=0.0)
     edge.step()
@@ -359,17 +318,8 @@ def refused(answer, rng):
         "no parameters": raised(answer, []),
         "other groups": raised(two.load_state_dict, edge.state_dict()),
         **{name: raised(answer, parameters, **given) for name, given in arguments.items()},
-        **{name: raised(answer(given).step) for name, given in gradients.items()},
+        **refused_gradients(answer, rng),
     }
-
-
-def large(rng):
-    """Parameters of some kilobytes, of which the last has no gradient."""
-    shapes = ((rng.integer(30, 40), 24), (130,), (3, 5, 9), (500,))
-    parameters = [torch.nn.Parameter(rng.normal(*shape)) for shape in shapes]
-    for parameter in parameters[:3]:
-        parameter.grad = rng.normal(*parameter.shape)
-    return parameters
 
 
 def three_kinds(answer, parameters):
@@ -385,14 +335,6 @@ def three_kinds(answer, parameters):
     return optimizer
 
 
-def held_bytes(data):
-    """Bytes of the tensors in nested dicts, lists and tuples."""
-    if isinstance(data, torch.Tensor):
-        return data.nbytes
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
-    return sum(map(held_bytes, parts))
-
-
 @cost(SGD, share=1 / 6)
 def state_of_one_buffer(answer, rng):
     """Bytes of the state after two steps; without momentum, or without a gradient, a parameter needs none."""
@@ -401,7 +343,7 @@ def state_of_one_buffer(answer, rng):
     at_most = parameters[0].nbytes + parameters[2].nbytes + 2 * 16
     return {
         "observed": values(parameters),
-        "bytes of state": (held_bytes(optimizer.state_dict()["state"]), at_most),
+        "bytes of state": (state_bytes(optimizer.state_dict()["state"]), at_most),
     }
 
 
