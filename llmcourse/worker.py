@@ -45,6 +45,7 @@ from llmcourse.exercise import Rng
 ANSWER_MODULE, CASE_MODULE = "answer", "llmcourse_case"
 MAX_FILE_BYTES, MAX_OPEN_FILES = 2 << 30, 512
 MAX_MESSAGE_CHARS = 500
+HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class whose attributes may be set
 SET_CHILD_SUBREAPER = 36  # of prctl(2)
 # A configuration of some dozen values is shown whole: it may be all that an answer was given.
 MAX_NOTED_CALLS, MAX_NOTED_CHARS, MAX_SHOWN_CHARS = 2, 560, 450
@@ -63,10 +64,11 @@ class Forbidden(RuntimeError):
 @contextlib.contextmanager
 def switched_off(names: Sequence[str]) -> Iterator[None]:
     """Replace library answers (dotted names) by ones that raise Forbidden, until the end of the block."""
-    places = [(_resolve(dotted.rpartition(".")[0]), dotted.rpartition(".")[2]) for dotted in names]
-    kept = [(owner, name, getattr(owner, name)) for owner, name in places]
+    places = _places(tuple(names), len(sys.modules))
+    kept = [(owner, name, _raw(owner, name)) for owner, name, _ in places]
     try:
-        switch_off(names)
+        for place in places:
+            setattr(*place)
         yield
     finally:
         for owner, name, original in kept:
@@ -75,11 +77,44 @@ def switched_off(names: Sequence[str]) -> Iterator[None]:
 
 def switch_off(names: Sequence[str]) -> None:
     """Replace library answers for good: no frame and no object holds the originals for this."""
+    places = _places.__wrapped__(tuple(names), 0)
+    while places:
+        setattr(*places.pop())
+
+
+@functools.lru_cache(maxsize=64)
+def _places(names: tuple[str, ...], _modules: int) -> list[tuple[Any, str, Any]]:
+    """Where what is named is found, and the refusal to put there: under its name, under every other name that a module
+    of its library has for it, and in a class's own methods, since a class is also found among its base's subclasses.
+    """
     # All of them are imported before any is replaced, or a module first imported here would keep another's refusal.
     owners = [_resolve(dotted.rpartition(".")[0]) for dotted in names]
+    refusals: dict[int, tuple[Any, Any]] = {}
+    places: list[tuple[Any, str, Any]] = []
     for dotted, owner in zip(names, owners, strict=True):
         name = dotted.rpartition(".")[2]
-        setattr(owner, name, _refuser(dotted, getattr(owner, name)))
+        original = getattr(owner, name)
+        known = refusals.setdefault(id(original), (original, _refuser(dotted, original)))
+        places.append((owner, name, known[1]))
+    libraries = {dotted.partition(".")[0] for dotted in names} - {"llmcourse"}
+    for module in [one for name, one in sys.modules.items() if name.partition(".")[0] in libraries]:
+        for name, value in vars(module).items():
+            if id(value) in refusals and refusals[id(value)][0] is value:
+                places.append((module, name, refusals[id(value)][1]))
+    for original, refusal in list(refusals.values()):
+        if isinstance(original, type) and original.__flags__ & HEAP_TYPE:
+            refuse = vars(refusal)["__init__"]
+            for name, value in vars(original).items():
+                if isinstance(value, types.FunctionType):
+                    places.append((original, name, refuse))
+                elif isinstance(value, staticmethod | classmethod):
+                    places.append((original, name, staticmethod(refuse)))
+    return places
+
+
+def _raw(owner: Any, name: str) -> Any:
+    """What stands there, methods unbound as a class holds them."""
+    return vars(owner)[name] if isinstance(owner, type) and name in vars(owner) else getattr(owner, name)
 
 
 def _resolve(dotted: str) -> Any:
@@ -130,7 +165,10 @@ def summary(value: object) -> str:
         # The length first, and scalars only: printing tensors costs more than most answers.
         if len(value) > 16 or not all(isinstance(part, int | float | str | None) for part in parts):
             return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
+    if isinstance(value, torch.optim.Optimizer):
+        count = len(value.param_groups)
+        return f"{type(value).__name__} of {count} group{'s' if count != 1 else ''}"
+    text = " ".join(repr(value).split())
     if " object at 0x" in text:
         text = f"a {type(value).__name__}"
     return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"

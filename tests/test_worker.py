@@ -200,8 +200,20 @@ def test_a_checksum_sees_dtype_shape_and_bytes():
         ({"a": "x" * worker.MAX_SHOWN_CHARS}, "{'a': '" + "x" * (worker.MAX_SHOWN_CHARS - 8) + "…"),
         ({"a": torch.ones(3)}, "a dict of 1"),
         ("x" * 5_000, "'" + "x" * (worker.MAX_SHOWN_CHARS - 2) + "…"),
+        (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), "SGD of 1 group"),
+        (torch.nn.Sequential(torch.nn.ReLU()), "Sequential( (0): ReLU() )"),
     ],
-    ids=["tensor", "bytes", "short list", "tensors", "long dict", "dict of a tensor", "text"],
+    ids=[
+        "tensor",
+        "bytes",
+        "short list",
+        "tensors",
+        "long dict",
+        "dict of a tensor",
+        "text",
+        "optimizer",
+        "module",
+    ],
 )
 def test_an_argument_is_shown_in_a_few_words(value, shown):
     assert summary(value) == shown
@@ -226,6 +238,30 @@ def test_library_answers_are_off_inside_the_block_and_back_after_it():
 def test_modules_whose_names_their_package_deletes_are_found():
     with switched_off(["torch.optim.adamw.adamw"]), pytest.raises(Forbidden):
         sys.modules["torch.optim.adamw"].adamw()
+
+
+def test_what_other_modules_of_the_library_call_it_is_off_too():
+    import torch.optim.optimizer as elsewhere
+
+    original = elsewhere._single_tensor_adam
+    with switched_off(["torch.optim.adam._single_tensor_adam"]), pytest.raises(Forbidden):
+        elsewhere._single_tensor_adam()
+    assert elsewhere._single_tensor_adam is original
+
+
+def test_a_class_that_is_found_among_its_bases_subclasses_is_off_too():
+    schedules = torch.optim.lr_scheduler
+
+    def found():
+        (one,) = [c for c in schedules.LRScheduler.__subclasses__() if c.__name__ == "ExponentialLR"]
+        return one
+
+    own = dict(vars(found()))
+    with switched_off(["torch.optim.lr_scheduler.ExponentialLR"]):
+        for use in (found().get_lr, found()):
+            with pytest.raises(Forbidden, match="ExponentialLR is what this exercise asks"):
+                use(None)
+    assert dict(vars(found())) == own
 
 
 @pytest.mark.parametrize("name", ["torch.optim.NoSuchThing", "torch.no_such_module.f", "no_such_package.f"])
