@@ -623,7 +623,8 @@ def recognise(
     failed = {result.item.name: result for result in results if not result.agrees}
     wrong = {name for name, result in failed.items() if result.item.kind == "case"}
     must = wrong or set(failed)
-    items = cheapest_first(exercise, expected)
+    # What must be explained first: most mistakes are out after one item.
+    items = sorted(cheapest_first(exercise, expected), key=lambda item: item.name not in must)
     mistakes = list(exercise.mistakes.values())
     # (complaints that are only alike, other differences), items left (the furthest first), which mistake
     open_: list[tuple[tuple[int, int], int, int]] = []
