@@ -105,6 +105,16 @@ def scheduled(
     return seen
 
 
+def one_after_another(
+    answer: Any, parameters: Sequence[Parameter], give: Give, every: Iterable[dict[str, Any]]
+) -> list[Any]:
+    """Values after each of two steps of one optimizer, then of the next on the same parameters, which starts anew."""
+    seen = []
+    for options in every:
+        seen += with_missing(answer(parameters, **options), parameters, give, ((), ()))
+    return seen
+
+
 def in_shared_memory(
     answer: Any, rng: Rng, *, transposed_first: bool = False, **options: Any
 ) -> dict[str, Any]:

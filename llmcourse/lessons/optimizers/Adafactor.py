@@ -12,6 +12,7 @@ from llmcourse.stepping import (
     gradients_of,
     in_groups,
     in_shared_memory,
+    one_after_another,
     read,
     scheduled,
     state_bytes,
@@ -68,7 +69,7 @@ class Adafactor(torch.optim.Optimizer):
     stays what it is. With g None, nothing of p changes, and its t, R, C, V stay.
 
     Whatever a resume needs is in state_dict(), as tensors and numbers: a new process that
-    loads it goes on as if nothing had happened.
+    loads it goes on as if nothing had happened. Any other new optimizer starts at 0.
 
     ValueError from the constructor: lr, an eps or weight_decay negative or NaN,
     beta2_decay above 0 or NaN, d below 1 or NaN; options inside a group are not checked.
@@ -341,11 +342,32 @@ def gradients_of_zero(answer, rng):
 
 @case(Adafactor)
 def schedule(answer, rng):
-    """A learning rate that a scheduler changes, from 0 up and down again; then another decay."""
+    """A learning rate that a scheduler changes, from 0 up and down again; then new options and loud gradients."""
     parameters = drawn(rng)
-    optimizer, change = answer(parameters, **options(rng)), {"weight_decay": rng.choice((0.6, 0.9))}
+    optimizer = answer(parameters, **options(rng))
+    change = {
+        "beta2_decay": -0.3,
+        "eps": (rng.choice((1e-3, 2e-3)), rng.choice((0.1, 0.2))),
+        "d": rng.choice((3.0, 4.0)),
+        "weight_decay": rng.choice((0.6, 0.9)),
+    }
     factors = (0.0, 0.2, 1.0, 2.0, 0.3, 0.1, 1.0, 1.0)
-    return scheduled(optimizer, parameters, lambda step: give(parameters, rng), change, factors=factors)
+    return scheduled(
+        optimizer,
+        parameters,
+        lambda step: give(parameters, rng, size=10.0 if step > 4 else 1.0),
+        change,
+        factors=factors,
+    )
+
+
+@case(Adafactor)
+def a_second_optimizer(answer, rng):
+    """Two optimizers, one after the other, on the same parameters."""
+    parameters, given = drawn(rng), options(rng)
+    return one_after_another(
+        answer, parameters, lambda missing: give(parameters, rng, missing=missing), (given, given)
+    )
 
 
 @case(Adafactor)
@@ -790,6 +812,12 @@ class EpsSquared(Written):
         return v.clamp(min=eps1 * eps1).rsqrt() * g
 
 
+@mistake(Adafactor, "Adds eps1 to the mean of R, where it is the larger of the two.")
+class EpsAddedToTheMean(Written):
+    def product(self, r, c, eps1):
+        return r * c / (r.mean(dim=-2, keepdim=True) + eps1)
+
+
 @mistake(Adafactor, "Does not bound the mean of R from below.")
 class MeanNotBounded(Written):
     def product(self, r, c, eps1):
@@ -1044,6 +1072,28 @@ class LearningRateReadOnce(Written):
     def one(self, p, g, group, state):
         self.rates = getattr(self, "rates", {})
         super().one(p, g, {**group, "lr": self.rates.setdefault(p, group["lr"])}, state)
+
+
+@mistake(
+    Adafactor, "Keeps beta2_decay, eps and d as they are in the first step; the group may have others later."
+)
+class OptionsOfTheFirstStep(Written):
+    def one(self, p, g, group, state):
+        first = group.setdefault("first", {name: group[name] for name in ("beta2_decay", "eps", "d")})
+        super().one(p, g, {**group, **first}, state)
+
+
+@mistake(
+    Adafactor,
+    "Keeps the means in a dict of the class, by parameter: a new optimizer of the same parameters finds old ones.",
+)
+class MeansOfTheClass(Written):
+    earlier = {}
+
+    def one(self, p, g, group, state):
+        if not state:
+            state = self.state[p] = self.earlier.setdefault(p, {})
+        super().one(p, g, group, state)
 
 
 @mistake(

@@ -15,6 +15,7 @@ from llmcourse.stepping import (
     in_groups,
     in_shared_memory,
     large,
+    one_after_another,
     read,
     refused_gradients,
     scheduled,
@@ -40,6 +41,10 @@ from llmcourse.stepping import (
         "torch.optim.adam._fused_adam",
         "torch._fused_adamw_",
         "torch._fused_adam_",
+        "torch.ops.aten._fused_adamw_",
+        "torch.ops.aten._fused_adamw",
+        "torch.ops.aten._fused_adam_",
+        "torch.ops.aten._fused_adam",
     ),
     hints=(
         "Loop over self.param_groups, then over a group's params. self.state[p] is an empty dict at first, and "
@@ -62,19 +67,20 @@ class AdamW(torch.optim.Optimizer):
         v <- b2 v + (1 - b2) g^2
         p <- p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-    m and v have p's dtype; b1^t and b2^t are Python floats. p is written in place: other
-    tensors may share its memory, and it need not be contiguous. g stays what it is. With g
-    None, nothing of p changes: no decay, and t, m, v stay. NaN and Inf in g are let
-    through: they make their own elements NaN, and no others.
+    m and v have p's dtype; b1^t and b2^t are Python floats, from the betas of now. p is
+    written in place: other tensors may share its memory, and it need not be contiguous. g
+    stays what it is. With g None, nothing of p changes: no decay, and t, m, v stay. NaN
+    and Inf in g are let through: they make their own elements NaN, and no others.
 
     Whatever a resume needs is in state_dict(), as tensors and numbers: a new process that
-    loads it goes on as if nothing had happened.
+    loads it goes on as if nothing had happened. Any other new optimizer starts at 0.
 
     ValueError from the constructor: lr, eps or weight_decay negative or NaN, a beta
     outside [0, 1). ValueError from step(): a gradient that is sparse, or neither float32
     nor float64 (bfloat16 weights need a float32 copy: most steps are smaller than their
-    last bit). An empty list of parameters and a state_dict of other groups are refused by
-    torch.optim.Optimizer already; options inside a group are not checked.
+    last bit); parameters before it may have moved. An empty list of parameters and a
+    state_dict of other groups are refused by torch.optim.Optimizer already; options inside
+    a group are not checked.
 
     For a third of the points: state_dict()["state"] takes 8 bytes for each float32 value
     that ever had a gradient, and at most 16 bytes more a parameter. After the first, a
@@ -164,10 +170,10 @@ def several_tensors(answer, rng):
 
 @case(AdamW)
 def defaults_in_float64(answer, rng):
-    """Three tensors of one shape in float64, 20 steps with the options of the signature."""
+    """Three tensors of one shape in float64, 60 steps with the options of the signature."""
     parameters = [torch.nn.Parameter(rng.normal(2, 3, dtype=torch.float64)) for _ in range(3)]
     optimizer = answer(parameters)
-    for _ in range(20):
+    for _ in range(60):
         for parameter, size in zip(parameters, (1e-8, 1.0, 1e-2), strict=True):
             parameter.grad = rng.normal(2, 3, dtype=torch.float64) * size
         optimizer.step()
@@ -220,10 +226,24 @@ def gradients_of_zero(answer, rng):
 
 @case(AdamW)
 def schedule(answer, rng):
-    """A learning rate that a scheduler changes, from 0 up and down again; then another decay."""
+    """A learning rate that a scheduler changes, from 0 up and down again; then other betas, eps and decay."""
     parameters = drawn(rng)
-    optimizer, change = answer(parameters, **options(rng)), {"weight_decay": rng.choice((0.6, 0.9))}
+    optimizer = answer(parameters, **options(rng))
+    change = {
+        "betas": rng.choice(((0.6, 0.7), (0.5, 0.8))),
+        "eps": rng.choice((0.01, 0.02)),
+        "weight_decay": rng.choice((0.6, 0.9)),
+    }
     return scheduled(optimizer, parameters, lambda step: give(parameters, rng), change)
+
+
+@case(AdamW)
+def a_second_optimizer(answer, rng):
+    """Two optimizers, one after the other, on the same parameters."""
+    parameters, given = drawn(rng), options(rng)
+    return one_after_another(
+        answer, parameters, lambda missing: give(parameters, rng, missing=missing), (given, given)
+    )
 
 
 @case(AdamW)
@@ -601,6 +621,29 @@ class CorrectionsInFloat32(Written):
         return state["m"] / one, (state["v"] / two).sqrt_().add_(eps)
 
 
+@mistake(
+    AdamW,
+    "Lets the count end at 30, as if the averages were warm then: with b2 = 0.999 v needs thousands of steps.",
+    fails=("defaults_in_float64",),
+)
+class CountEndsEarly(Written):
+    def quotient(self, state, g, b1, b2, t, eps):
+        return super().quotient(state, g, b1, b2, min(t, 30), eps)
+
+
+@mistake(
+    AdamW,
+    "Multiplies the betas up, step by step: once a group has other betas, the product is not b1^t.",
+    fails=("schedule", "state_of_two_moments"),
+)
+class RunningProducts(Written):
+    def quotient(self, state, g, b1, b2, t, eps):
+        one, two = state["powers"] = [
+            b * power for b, power in zip((b1, b2), state.get("powers", (1, 1)), strict=True)
+        ]
+        return state["m"] / (1 - one), (state["v"] / (1 - two)).sqrt_().add_(eps)
+
+
 @mistake(AdamW, "Moves by the sign of the gradient: that is Adam's first step, and only its first.")
 class SignOfTheGradient(Written):
     def quotient(self, state, g, b1, b2, t, eps):
@@ -713,6 +756,20 @@ class ForgetsOnResume(Written):
 
 @mistake(
     AdamW,
+    "Keeps the averages in a dict of the class, by parameter: a new optimizer of the same parameters finds old ones.",
+    fails=("a_second_optimizer",),
+)
+class AveragesOfTheClass(Written):
+    earlier = {}
+
+    def kept(self, p, group):
+        if not self.state[p]:
+            self.state[p] = self.earlier.setdefault(p, {})
+        return self.state[p]
+
+
+@mistake(
+    AdamW,
     "The count is not saved, so a resume corrects old averages as if they had just started.",
     fails=("resumed",),
 )
@@ -740,6 +797,17 @@ class RateReadOnce(Written):
     def move(self, p, g, group):
         place = next(i for i, other in enumerate(self.param_groups) if other is group)
         super().move(p, g, {**group, "lr": self.rates[place]})
+
+
+@mistake(
+    AdamW,
+    "Keeps betas and eps as they are in the first step; the group may have others later.",
+    fails=("schedule",),
+)
+class OptionsOfTheFirstStep(Written):
+    def move(self, p, g, group):
+        first = group.setdefault("first", {name: group[name] for name in ("betas", "eps")})
+        super().move(p, g, {**group, **first})
 
 
 @mistake(

@@ -29,8 +29,8 @@ from llmcourse.stepping import (
     minutes=9,
     extension=True,
     hints=(
-        "Two averages of the gradient are in play, with two betas, but only one of them is kept. Out of place, "
-        "m.lerp(g, weight) gives the other in one new tensor, which sign_() then overwrites.",
+        "Two averages of the gradient are in play, with two betas, but only one of them is kept. m.mul(b1) makes the "
+        "one new tensor that the other needs: add_(g, alpha=...) and sign_() write over it.",
         "The sign is taken before m is updated, from the m of the step before. Nothing is corrected for its start at "
         "0: a sign does not need it.",
     ),
@@ -53,13 +53,13 @@ class Lion(torch.optim.Optimizer):
     it: such an element only decays from then on, and the others do not notice.
 
     Whatever a resume needs is in state_dict(), as tensors and numbers: a new process that
-    loads it goes on as if nothing had happened.
+    loads it goes on as if nothing had happened. Any other new optimizer starts at 0.
 
     ValueError from the constructor: lr or weight_decay negative or NaN, a beta outside
     [0, 1). ValueError from step(): a gradient that is sparse, or neither float32 nor
-    float64 (bfloat16 weights need a float32 copy). An empty list of parameters and a
-    state_dict of other groups are refused by torch.optim.Optimizer already; options inside
-    a group are not checked.
+    float64 (bfloat16 weights need a float32 copy); parameters before it may have moved. An
+    empty list of parameters and a state_dict of other groups are refused by
+    torch.optim.Optimizer already; options inside a group are not checked.
 
     For a third of the points: state_dict()["state"] takes 4 bytes for each float32 value
     that ever had a gradient, and at most 16 bytes more a parameter. After the first, a
@@ -104,14 +104,14 @@ class Lion(torch.optim.Optimizer):
                     state["m"] = torch.zeros_like(p)
                 m = state["m"]
                 p.mul_(1 - lr * group["weight_decay"])
-                p.add_(m.lerp(g, 1 - b1).sign_(), alpha=-lr)
-                m.lerp_(g, 1 - b2)
+                p.add_(m.mul(b1).add_(g, alpha=1 - b1).sign_(), alpha=-lr)
+                m.mul_(b2).add_(g, alpha=1 - b2)
         ### END SOLUTION
 
 
 # ---------------------------------------------------------------------------------------------------------- cases
 
-SIZES = (1e-8, 1e-3, 1.0, 1e3)
+SIZES = (1e-35, 1e-3, 1.0, 1e3)
 
 
 class Gradients:
@@ -150,7 +150,7 @@ def options(rng):
 
 @case(Lion)
 def several_tensors(answer, rng):
-    """Four tensors with gradients from 1e-8 to 1e3, 24 steps."""
+    """Four tensors with gradients from 1e-35 to 1e3, 24 steps."""
     parameters, given = drawn(rng), options(rng)
     optimizer, gradients = answer(parameters, **given), Gradients(parameters, rng, given["betas"])
     seen = []
@@ -261,13 +261,30 @@ def sums_of_zero(answer, rng):
 
 @case(Lion)
 def schedule(answer, rng):
-    """A learning rate that a scheduler changes, from 0 up and down again; then another decay."""
+    """A learning rate that a scheduler changes, from 0 up and down again; then other betas and another decay."""
     parameters, given = drawn(rng), options(rng)
     optimizer, gradients = answer(parameters, **given), Gradients(parameters, rng, given["betas"])
-    change = {"weight_decay": rng.choice((0.6, 0.9))}
-    return scheduled(
-        optimizer, parameters, lambda step: gradients.give(size=100.0 if step == 0 else 1.0), change
-    )
+    change = {"betas": rng.choice(((0.5, 0.3), (0.4, 0.2))), "weight_decay": rng.choice((0.6, 0.9))}
+
+    def give(step):
+        if step == 5:
+            gradients.betas = change["betas"]
+        gradients.give(size={0: 100.0, 5: 10.0, 6: 3.0}.get(step, 1.0))
+
+    return scheduled(optimizer, parameters, give, change)
+
+
+@case(Lion)
+def a_second_optimizer(answer, rng):
+    """Two optimizers, one after the other, on the same parameters; the gradients of the first are louder."""
+    parameters, given, seen = drawn(rng), options(rng), []
+    for size in (100.0, 1.0):
+        optimizer, gradients = answer(parameters, **given), Gradients(parameters, rng, given["betas"])
+        for _ in range(2):
+            gradients.give(size=size)
+            optimizer.step()
+            seen.append(values(parameters))
+    return seen
 
 
 @case(Lion)
@@ -497,6 +514,15 @@ class DividedByTheMagnitude(Written):
 
 @mistake(
     Lion,
+    "Multiplies by 1e30 and clamps to -1..1 in place of a sign: values below 1e-30 move by less than lr.",
+)
+class ScaledAndClamped(Written):
+    def signed(self, c):
+        return c.mul_(1e30).clamp_(-1, 1).nan_to_num_(0.0)
+
+
+@mistake(
+    Lion,
     "Takes the sign of 0 for 1: weights without any gradient drift away.",
     fails=("gradients_of_zero", "sums_of_zero", "one_temporary"),
 )
@@ -666,6 +692,30 @@ class ForgetsOnResume(Written):
 
     def kept(self, p, group):
         return self.averages.setdefault(id(p), {})
+
+
+@mistake(
+    Lion,
+    "Keeps the averages in a dict of the class, by parameter: a new optimizer of the same parameters finds old ones.",
+    fails=("a_second_optimizer",),
+)
+class AveragesOfTheClass(Written):
+    earlier = {}
+
+    def kept(self, p, group):
+        if not self.state[p]:
+            self.state[p] = self.earlier.setdefault(p, {})
+        return self.state[p]
+
+
+@mistake(
+    Lion,
+    "Keeps the betas as they are in the first step; the group may have others later.",
+    fails=("schedule",),
+)
+class BetasOfTheFirstStep(Written):
+    def move(self, p, g, group):
+        super().move(p, g, {**group, "betas": group.setdefault("first", group["betas"])})
 
 
 @mistake(
@@ -874,10 +924,10 @@ class TwoTensorsKept(Written):
 
 @mistake(
     Lion,
-    "Writes each line of the formula as a new tensor: six or more a parameter and step.",
+    "Makes a new tensor for each operation: the mix can be made once, and sign_() written over it; m changes in place.",
     fails=("one_temporary",),
 )
-class NewTensorForEachLine(Written):
+class NewTensorForEachOperation(Written):
     def move(self, p, g, group):
         state, (b1, b2) = self.state[p], group["betas"]
         m = state.get("m", torch.zeros_like(p))

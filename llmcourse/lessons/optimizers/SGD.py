@@ -15,6 +15,7 @@ from llmcourse.stepping import (
     in_groups,
     in_shared_memory,
     large,
+    one_after_another,
     read,
     refused_gradients,
     scheduled,
@@ -37,6 +38,8 @@ from llmcourse.stepping import (
         "torch.optim.sgd._multi_tensor_sgd",
         "torch.optim.sgd._fused_sgd",
         "torch._fused_sgd_",
+        "torch.ops.aten._fused_sgd_",
+        "torch.ops.aten._fused_sgd",
     ),
     hints=(
         "Loop over self.param_groups, then over a group's params. self.state[p] is an empty dict at first, and "
@@ -57,20 +60,20 @@ class SGD(torch.optim.Optimizer):
         b <- momentum b + d               b belongs to p and starts at 0
         p <- p - lr b                     or, with nesterov, p <- p - lr (d + momentum b)
 
-    This is torch.optim.SGD with dampening 0. Where momentum is 0, d is taken for b, and no
-    b is kept. b has p's dtype. p is written in place: other tensors may share its memory,
-    and it need not be contiguous. g stays what it is. With g None, nothing of p changes:
-    no decay, no momentum, and b stays. NaN and Inf in g are let through: they break their
-    own elements, and no others.
+    This is torch.optim.SGD with dampening 0. In a step where momentum is 0, d is taken for
+    b, and no b is made; one from before may stay or go. b has p's dtype. p is written in
+    place: other tensors may share its memory, and it need not be contiguous. g stays what
+    it is. With g None, nothing of p changes: no decay, no momentum, and b stays. NaN and
+    Inf in g are let through: they break their own elements, and no others.
 
     Whatever a resume needs is in state_dict(), as tensors and numbers: a new process that
-    loads it goes on as if nothing had happened.
+    loads it goes on as if nothing had happened. Any other new optimizer starts at 0.
 
     ValueError from the constructor: lr or weight_decay negative or NaN, momentum outside
     [0, 1), nesterov without momentum. ValueError from step(): a gradient that is sparse,
-    or neither float32 nor float64 (bfloat16 weights need a float32 copy). An empty list of
-    parameters and a state_dict of other groups are refused by torch.optim.Optimizer
-    already; options inside a group are not checked.
+    or neither float32 nor float64 (bfloat16 weights need a float32 copy); parameters
+    before it may have moved. An empty list of parameters and a state_dict of other groups
+    are refused by torch.optim.Optimizer already; options inside a group are not checked.
 
     For a third of the points: state_dict()["state"] takes 4 bytes for each float32 value
     that ever had a gradient and momentum, and at most 16 bytes more for its parameter. A
@@ -239,13 +242,28 @@ def gradients_of_zero(answer, rng):
 
 @case(SGD)
 def schedule(answer, rng):
-    """A learning rate that a scheduler changes, from 0 up and down again; then another momentum and decay."""
-    parameters = drawn(rng)
-    optimizer, change = (
-        answer(parameters, **options(rng)),
-        {"momentum": 0.4, "weight_decay": rng.choice((0.6, 0.9))},
+    """A learning rate that a scheduler changes, from 0 up and down again; then all other options, thrice."""
+    seen, other = {}, {"momentum": 0.4, "weight_decay": rng.choice((0.6, 0.9))}
+    for name, first, then in (
+        ("nesterov on", {}, {"nesterov": True}),
+        ("nesterov off", {"nesterov": True}, {"nesterov": False}),
+        ("momentum on", {"momentum": 0.0}, {}),
+    ):
+        parameters = drawn(rng)
+        optimizer = answer(parameters, **{**options(rng), **first})
+        seen[name] = scheduled(
+            optimizer, parameters, lambda step, moved=parameters: give(moved, rng), {**other, **then}
+        )
+    return seen
+
+
+@case(SGD)
+def a_second_optimizer(answer, rng):
+    """Two optimizers, one after the other, on the same parameters."""
+    parameters, given = drawn(rng), options(rng)
+    return one_after_another(
+        answer, parameters, lambda missing: give(parameters, rng, missing=missing), (given, given)
     )
-    return scheduled(optimizer, parameters, lambda step: give(parameters, rng), change)
 
 
 @case(SGD)
@@ -676,6 +694,41 @@ class ForgetsOnResume(Written):
 
     def kept(self, p, group):
         return self.buffers.setdefault(id(p), {})
+
+
+@mistake(
+    SGD,
+    "Keeps the buffers in a dict of the class, by parameter: a new optimizer of the same parameters finds old ones.",
+    fails=("a_second_optimizer",),
+)
+class BuffersOfTheClass(InPlace):
+    earlier = {}
+
+    def kept(self, p, group):
+        if not self.state[p]:
+            self.state[p] = self.earlier.setdefault(p, {})
+        return self.state[p]
+
+
+@mistake(
+    SGD,
+    "Decides in the first step whether the sum is Nesterov's; the group may say something else later.",
+    fails=("schedule",),
+)
+class NesterovOfTheFirstStep(InPlace):
+    def move(self, p, g, group):
+        super().move(p, g, {**group, "nesterov": group.setdefault("first", group["nesterov"])})
+
+
+@mistake(
+    SGD,
+    "Decides in the first step whether there is momentum: where it is set later, nothing gathers.",
+    fails=("schedule",),
+)
+class MomentumOfTheFirstStep(InPlace):
+    def move(self, p, g, group):
+        heavy = group.setdefault("heavy", group["momentum"] != 0)
+        super().move(p, g, group if heavy else {**group, "momentum": 0.0})
 
 
 @mistake(

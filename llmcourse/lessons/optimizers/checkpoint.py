@@ -27,11 +27,15 @@ from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistak
         "torch.utils.checkpoint.checkpoint_sequential",
         "torch.utils.checkpoint.CheckpointFunction",
         "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
+        "torch.utils.checkpoint._CheckpointFrame",
+        "torch.utils.checkpoint._checkpoint_hook",
+        "torch.utils.checkpoint._recomputation_hook",
     ),
     hints=(
         "Two ways lead there: an autograd.Function, whose backward runs the function again and calls backward on what "
-        "comes out; or saved_tensors_hooks, which let you keep a number in place of each tensor that is saved. What "
-        "else than its inputs decides what a function with dropout returns?",
+        "comes out; or saved_tensors_hooks, which let you keep a number in place of each tensor that is saved. With "
+        "hooks, parameters and outputs without a gradient need no care of yours. What else than its inputs decides "
+        "what a function with dropout returns?",
         "In an autograd.Function's forward and backward gradients are off, and where no input requires one its "
         "backward is never called, although parameters wait for it. With hooks, the tensors of the second run have "
         "to come in the order of the first.",
@@ -52,9 +56,10 @@ def checkpoint(function: Callable[..., Any], *inputs: Any, **options: Any) -> An
     gradient when function's own does. Under torch.no_grad() it is a plain call.
 
     Between forward and backward no tensor lives that was made inside function, but for
-    its outputs, and after backward none does; the inputs are held, not copied. function is
-    called once in forward, and once more in backward, when its inside is first needed.
-    That second run has what the first one had:
+    its outputs; after backward none does, but what an output without use still needs. The
+    inputs are held, not copied. function is called once in forward, and once more in
+    backward, when its inside is first needed: gradients are made of what that second run
+    computes. It has what the first one had:
 
       - the state of torch's generator for the CPU (torch.get_rng_state), so that dropout drops
         the same values. Afterwards the generator stands where it stood before backward, as
@@ -149,7 +154,10 @@ class Part:
         return sum(not made.expired() for made in self.made)
 
     def gradients(self):
-        return [self.up.grad, self.bias.grad, self.down.grad]
+        return {"up": self.up.grad, "bias": self.bias.grad, "down": self.down.grad}
+
+    def state(self):
+        return {"calls": self.calls, "living": self.living()}
 
 
 def shapes(rng):
@@ -188,12 +196,12 @@ def what_lives(answer, rng):
     part, x = Part(rng, width, hidden, outputs), leaf(rng, rows, width)
     disturbed(rng)
     y = answer(part, x)
-    between = [part.calls, part.living()]
+    between = part.state()
     y.sum().backward()
     return {
         "y of": list(y.shape),
         "between": between,
-        "after": [part.calls, part.living()],
+        "after": part.state(),
         "x": x.grad.shape == x.shape,
     }
 
@@ -209,14 +217,14 @@ def chain(answer, rng):
     h = x * 2
     for index, part in enumerate(parts):
         h = answer(part, h) + (h if index == 1 else 0)
-    between = [[part.calls, part.living()] for part in parts]
+    between = [part.state() for part in parts]
     h.square().sum().backward()
     return {
         "y": h,
         "x": x.grad,
         "parameters": [part.gradients() for part in parts],
         "between": between,
-        "after": [[part.calls, part.living()] for part in parts],
+        "after": [part.state() for part in parts],
         "drawn after": torch.rand(2),
     }
 
@@ -232,28 +240,33 @@ def attended(x, heads, mask, columns, *, scale, shift=0.0, names=()):
 def values_of_all_kinds(answer, rng):
     """Integers, None, strings, lists, a tensor of indices and a mask; tensors and numbers by name."""
     rows, width = rng.integer(3, 5), rng.integer(6, 8)
-    found = []
-    for heads, mask, shift in (
-        (1, None, rng.normal(1, 3).requires_grad_()),
-        (2, rng.normal(rows, 6) > 0, 0.25),
+    found = {}
+    for name, heads, mask, shift in (
+        ("shift is a tensor", 1, None, rng.normal(1, 3).requires_grad_()),
+        ("with a mask", 2, rng.normal(rows, 6) > 0, 0.25),
     ):
         x, scale = leaf(rng, rows, width), leaf(rng, width)
         columns = rng.integers(0, width - 1, 3)
         y = answer(attended, x, heads, mask, columns, scale=scale * 1, shift=shift, names=["a", "b"])
         y.square().sum().backward()
         of_shift = shift.grad if isinstance(shift, Tensor) else None
-        found.append([y, x.grad, scale.grad, of_shift])
+        found[name] = {"y": y, "x": x.grad, "scale": scale.grad, "shift": of_shift}
     given = rng.normal(rows, width)
     only_by_name = leaf(rng, width)
     answer(attended, given, 1, None, [0, 2], scale=only_by_name, names="ab").sum().backward()
-    return [*found, [only_by_name.grad, given.grad, given.requires_grad]]
+    return {
+        **found,
+        "only by name": only_by_name.grad,
+        "gradient of data": given.grad,
+        "data require a gradient": given.requires_grad,
+    }
 
 
 @case(checkpoint)
 def several_outputs(answer, rng):
-    """A tuple of tensors, None and numbers, of which the loss uses one, another one, or both."""
+    """A tuple of tensors, None and numbers, of which the loss uses one, another one, or both; all are held."""
     rows, width, hidden, outputs = shapes(rng)
-    seen = []
+    seen = {}
     for used in ((0,), (3,), (0, 3)):
         first, second = Part(rng, width, hidden, outputs), Part(rng, width, hidden, 3)
 
@@ -266,11 +279,34 @@ def several_outputs(answer, rng):
         results = answer(both, x)
         loss = sum(results[index].square().sum() for index in used)
         loss.backward()
-        kind = type(results).__name__
-        asked = [part.requires_grad for part in results if isinstance(part, Tensor)]
-        seen.append([kind, list(results), asked, x.grad, first.gradients(), second.gradients()])
+        seen[f"a loss of outputs {list(used)}"] = {
+            "type": type(results).__name__,
+            "outputs": list(results),
+            "output requires a gradient": {
+                str(i): part.requires_grad for i, part in enumerate(results) if isinstance(part, Tensor)
+            },
+            "x": x.grad,
+            "first part": first.gradients(),
+            "second part": second.gradients(),
+            "living, of what was used": sum((first if index == 0 else second).living() for index in used),
+        }
     alone = answer(lambda x: (x.exp(),), x)
-    return {"seen": seen, "a tuple of one": [type(alone).__name__, len(alone), alone[0]]}
+    return {**seen, "a tuple of one": [type(alone).__name__, len(alone), alone[0]]}
+
+
+@case(checkpoint)
+def from_the_second_run(answer, rng):
+    """A function that adds other numbers in each call: the second call's are in the gradient."""
+    rows, width = rng.integer(3, 5), rng.integer(6, 8)
+    x, shifts, calls = leaf(rng, rows, width), rng.normal(3, rows, width), []
+
+    def shifted(x):
+        calls.append(torch.is_grad_enabled())
+        return (x + shifts[len(calls) - 1]).sin()
+
+    y = answer(shifted, x)
+    y.sum().backward()
+    return {"y": y, "x": x.grad, "calls": len(calls), "gradients are on in the second": calls[-1]}
 
 
 @case(checkpoint)
@@ -332,7 +368,8 @@ def under_autocast(answer, rng, dtype, *, forward, backward):
         y = answer(part, x)
     with torch.autocast("cpu", enabled=backward):
         y.backward(g.to(y.dtype))
-    return [y, x.grad, *part.gradients(), torch.is_autocast_enabled("cpu")]
+    autocast_is_on = torch.is_autocast_enabled("cpu")
+    return {"y": y, "x": x.grad, "parameters": part.gradients(), "autocast stays on": autocast_is_on}
 
 
 @case(checkpoint)
@@ -352,18 +389,26 @@ def autocast_to_float16(answer, rng):
 
 @case(checkpoint)
 def changed_in_between(answer, rng):
-    """An input, or a tensor given by name, that is changed in place before backward; and one that is not."""
+    """An input, a mask, indices or a tensor given by name is changed in place before backward; and nothing is."""
     rows, width, hidden, outputs = shapes(rng)
-    found = []
-    for changed in (None, 0, 1):
+    found = {}
+    for changed in (None, "input", "mask", "indices", "by name"):
         part, x, scale = Part(rng, width, hidden, outputs), leaf(rng, rows, width), rng.normal(width)
-        mine = x * 1
+        mine, mask, columns = x * 1, rng.normal(rows, width) > 0, rng.integers(0, outputs - 1, 3)
+
+        def masked(x, mask, columns, *, scale, part=part):
+            return part(x * mask * scale)[:, columns]
+
         disturbed(rng)
-        y = answer(lambda x, *, scale, part=part: part(x * scale), mine, scale=scale)
+        y = answer(masked, mine, mask, columns, scale=scale)
         if changed is not None:
             with torch.no_grad():
-                (mine, scale)[changed].mul_(1.5)
-        found.append([y.detach(), raised(y.sum().backward), None if changed is not None else x.grad])
+                {"input": mine, "mask": mask, "indices": columns, "by name": scale}[changed].zero_()
+        found[f"{changed or 'nothing'} changed"] = {
+            "y": y.detach(),
+            "raised": raised(y.sum().backward),
+            "x": None if changed else x.grad,
+        }
     return found
 
 
@@ -443,7 +488,7 @@ def bytes_between(answer, rng):
     held = living.size_bytes(given, y, part.up, part.bias, part.down)
     y.backward(rng.normal(rows, 40))
     return {
-        "observed": [y, x.grad, *part.gradients()],
+        "observed": {"y": y, "x": x.grad, "parameters": part.gradients()},
         "bytes between forward and backward": (held, torch.get_rng_state().nbytes),
     }
 
@@ -453,13 +498,14 @@ def products(answer, rng):
     """Operations in matrix products of forward and backward, against four times those of forward."""
     rows = rng.integer(10, 20)
     part, x, g = Part(rng, 24, 40, 16, rate=0.0), leaf(rng, rows, 24), rng.normal(rows, 16)
-    with TensorWork() as work:
+    with TensorWork(large_elements=64) as work:
         y = answer(part, x)
         y.backward(g)
     forward = 2 * rows * (24 * 40 + 40 * 16)
     return {
-        "observed": [y, x.grad, *part.gradients()],
+        "observed": {"y": y, "x": x.grad, "parameters": part.gradients()},
         "operations in matrix products, in forwards": (work.flops / forward, 4),
+        "operations without a count": (len(work.uncounted), 0),
     }
 
 
@@ -516,7 +562,7 @@ class Hooked:
 
     def run_again(self):
         self.check()
-        self.found.clear()
+        self.found = {}
         with self.guarded(), self.grads(), self.autocast(), saved_tensors_hooks(self.keep, self.number):
             self.rewind()
             self.call_again()
@@ -524,7 +570,7 @@ class Hooked:
     def take(self, number):
         if not self.found:
             self.run_again()
-        return self.found[number]
+        return self.found.pop(number)
 
     def forward(self):
         with saved_tensors_hooks(self.number, self.take):
@@ -682,6 +728,39 @@ def offloaded(function, *inputs, **options):
 
 @mistake(
     checkpoint,
+    "Keeps what autograd saves as bytes, and gradients are made of these: what the second run computes is thrown away.",
+    fails=("from_the_second_run", "bytes_between"),
+)
+def kept_as_bytes(function, *inputs, **options):
+    def number(self, tensor):
+        return tensor.dtype, tensor.shape, tensor.detach().contiguous().view(-1).view(torch.uint8).tolist()
+
+    def take(self, kept):
+        dtype, shape, data = kept
+        if not self.found:
+            self.run_again()
+            self.found = {0: None}
+        return torch.tensor(data, dtype=torch.uint8).view(dtype).view(shape)
+
+    return hooked(number=number, take=take)(function, *inputs, **options)
+
+
+@mistake(
+    checkpoint,
+    "What the second run saved is held until all outputs are used: one without use holds all of it.",
+    fails=("several_outputs",),
+)
+def never_let_go(function, *inputs, **options):
+    def take(self, number):
+        if not self.found:
+            self.run_again()
+        return self.found[number]
+
+    return hooked(take=take)(function, *inputs, **options)
+
+
+@mistake(
+    checkpoint,
     "Keeps what autograd saves in bfloat16: half the bytes, and gradients that are not the ones of forward.",
 )
 def kept_in_bfloat16(function, *inputs, **options):
@@ -714,7 +793,7 @@ def graph_in_ctx(function, *inputs, **options):
 @mistake(
     checkpoint,
     "ctx keeps what the second run made, so it lives as long as the output does.",
-    fails=("what_lives", "chain"),
+    fails=("what_lives", "chain", "several_outputs"),
 )
 def second_run_kept(function, *inputs, **options):
     def second_run(self, ctx, gradients):
@@ -898,6 +977,19 @@ def change_by_name_unnoticed(function, *inputs, **options):
 
 @mistake(
     checkpoint,
+    "Of the positional inputs only those that require a gradient are watched: a mask may change unnoticed.",
+    fails=("changed_in_between",),
+)
+def change_of_a_mask_unnoticed(function, *inputs, **options):
+    def watched(self):
+        asking = [part for part in self.inputs if isinstance(part, Tensor) and part.requires_grad]
+        return [*asking, *self.options.values()]
+
+    return hooked(watched=watched)(function, *inputs, **options)
+
+
+@mistake(
+    checkpoint,
     "The second run gets no keyword arguments.",
     fails=("values_of_all_kinds", "added_to_what_is_there", "changed_in_between"),
 )
@@ -930,7 +1022,7 @@ def tensors_only(function, *inputs, **options):
 @mistake(
     checkpoint,
     "Requires a gradient of every tensor among the inputs, and integers cannot have one.",
-    fails=("values_of_all_kinds", "only_parameters", "without_gradients"),
+    fails=("values_of_all_kinds", "only_parameters", "without_gradients", "changed_in_between"),
 )
 def gradients_of_integers(function, *inputs, **options):
     return rerun(cut=lambda self, tensor: tensor.detach().requires_grad_())(function, *inputs, **options)
@@ -953,6 +1045,35 @@ def no_gradient_by_name(function, *inputs, **options):
 )
 def nobody_asks(function, *inputs, **options):
     return rerun(asking=lambda self: torch.empty(0))(function, *inputs, **options)
+
+
+class Bare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, options, *inputs):
+        ctx.function, ctx.options, ctx.inputs = function, options, inputs
+        ctx.segment = Hooked(function, inputs, options)
+        return function(*inputs, **options)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        again, segment = Rerun(ctx.function, ctx.inputs, ctx.options), ctx.segment
+        segment.check()
+        tensors = [again.cut(part) for part in again.values if isinstance(part, Tensor)]
+        with segment.guarded(), torch.enable_grad(), segment.autocast():
+            segment.rewind()
+            results = again.call(tensors)
+        found = iter(again.ends(tensors, results, gradients))
+        taken = [next(found) if isinstance(part, Tensor) else None for part in ctx.inputs]
+        return None, None, *taken
+
+
+@mistake(
+    checkpoint,
+    "A bare autograd.Function: without an input that requires a gradient backward is not called, and parameters get "
+    "nothing; it does not see tensors by name, and lets all its outputs require a gradient.",
+)
+def bare_function(function, *inputs, **options):
+    return Bare.apply(function, options, *inputs)
 
 
 @mistake(

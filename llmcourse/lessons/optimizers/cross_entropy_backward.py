@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcourse.counting import TensorWork
+from llmcourse.counting import TensorWork, saved_bytes
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised
 
 LossAndGradients = tuple[Tensor, Tensor, Tensor]
@@ -23,6 +23,10 @@ LossAndGradients = tuple[Tensor, Tensor, Tensor]
         "torch.Tensor.backward",
         "torch.autograd.functional.vjp",
         "torch.autograd.functional.jacobian",
+        "torch.autograd.graph._engine_run_backward",
+        "torch.autograd.Variable._execution_engine",
+        "torch.ops.aten._backward",
+        "torch._C._ImperativeEngine",
         "torch.func.grad",
         "torch.func.grad_and_value",
         "torch.func.vjp",
@@ -48,22 +52,23 @@ def cross_entropy_backward(
 
     At 8,192 tokens and 128,256 words the float32 logits alone have 4.2 GB. So take `chunk`
     tokens at a time, the last time fewer: its logits, its part of the loss, of hidden's and
-    of the head's gradient, and go on. The results do not depend on chunk, which may be
-    larger than N. Logits may be 1e4 and more, of either sign, and differ as much: all stays
-    finite.
+    of the head's gradient, and go on. The results do not depend on chunk beyond rounding;
+    it may be larger than N. Logits may be 1e4 and more, of either sign, and differ as much:
+    all stays finite.
 
     Without a valid token loss and gradients are 0 (torch's loss is NaN there); N = 0 is
     such a case. hidden and head are both bfloat16, float32 or float64. Logits, softmax and
     every sum are float32, for bfloat16 as well (convert before multiplying), and float64
-    for float64; so is the loss. The gradients are rounded to the dtype of hidden at the
-    end. No tensor need be contiguous.
+    for float64; so is the loss. The gradients are rounded to the dtype of hidden once, when
+    all sums and divisions are done. No tensor need be contiguous.
 
-    No call of autograd and no graph: hidden and head may require gradients, results do not.
-    ValueError for a chunk below 1, a target that is neither 0..V-1 nor -100, and shapes
-    that are not as above.
+    No call of autograd and no graph, not even inside: hidden and head may require
+    gradients, results do not. ValueError for a chunk below 1, a target that is neither
+    0..V-1 nor -100, and shapes that are not as above, also without a valid token.
 
-    For a third of the points: no tensor made has more than 4 * V * max(chunk, width) bytes,
-    and the products take 3 * N * V * width multiply-adds at most.
+    For a third of the points, in float32 and bfloat16, with N below V: no tensor made has
+    more than 4 * V * max(chunk, width) bytes (an int64 one-hot of a chunk may have twice
+    that), and the products, in place or not, take at most 3 * N * V * width multiply-adds.
     """
     ### BEGIN SOLUTION
     words = len(head)
@@ -220,6 +225,41 @@ def bfloat16_in_float32_sums(answer, rng):
     }
 
 
+def share_rounded_once(hidden, head, targets, gradients):
+    """The share of the gradients' values that are the float64 ones, rounded a single time."""
+    rows, tokens, valid = head.double(), hidden.double(), targets != -100
+    p = (tokens @ rows.T).softmax(dim=1)
+    p[range(len(p)), targets.clamp_min(0)] -= 1
+    p *= valid[:, None] / valid.sum()
+    equal = [
+        torch.isclose(found.double(), right.to(head.dtype).double(), rtol=1e-5, atol=0)[right != 0]
+        for found, right in zip(gradients, (p @ rows, p.T @ tokens), strict=True)
+    ]
+    return torch.cat(equal).double().mean().item()
+
+
+@case(cross_entropy_backward)
+def bfloat16_rounded_once(answer, rng):
+    """bfloat16 and more valid tokens than it can count: at least 9 in 10 values are the exact ones, rounded once."""
+    valid = rng.choice([259, 263, 267, 387])
+    batch = a_batch(rng, valid + 9, rng.integer(15, 20), 7, ignored=9, dtype=torch.bfloat16)
+    loss, *gradients = answer(*batch, chunk=rng.integer(50, 70))
+    return {
+        "loss": loss,
+        "gradients": gradients,
+        "rounded once": share_rounded_once(*batch, gradients) > 0.9,
+    }
+
+
+@case(cross_entropy_backward)
+def nothing_kept_for_autograd(answer, rng):
+    """Tensors that require no gradients: whether autograd records anything on the way."""
+    batch = a_batch(rng, 5, rng.integer(9, 12), 4, ignored=1)
+    with saved_bytes() as saved:
+        found = named(answer(*batch, chunk=2))
+    return {**found, "autograd has kept tensors": saved.total_bytes > 0}
+
+
 @case(cross_entropy_backward)
 def double_precision_and_views(answer, rng):
     """float64; then transposed tensors, every second target of a longer list, and tensors that require gradients."""
@@ -271,24 +311,37 @@ def refused_inputs(answer, rng):
         found[name] = raised(answer, *given, chunk=4)
     for chunk in (0, -1, -6):
         found[f"chunk {chunk}"] = raised(answer, hidden, head, targets, chunk=chunk)
+    ignored = torch.full_like(targets, -100)
+    nothing = {
+        "chunk 0": (hidden, head, ignored, 0),
+        "chunk 0, no token": (hidden[:0], head, targets[:0], 0),
+        "a head of another width": (hidden, head[:, 1:], ignored, 4),
+        "a head of another width, no token": (hidden[:0], head[:, 1:], targets[:0], 4),
+        "a target too few": (hidden, head, ignored[1:], 4),
+    }
+    for name, (*given, chunk) in nothing.items():
+        found[f"{name}, nothing valid"] = raised(answer, *given, chunk=chunk)
     return found
 
 
 @cost(cross_entropy_backward, share=1 / 3)
 def largest_tensor_and_products(answer, rng):
     """The largest tensor and the multiply-adds, where a chunk has more tokens than the width, and where fewer."""
-    found, largest, products = [], 0.0, 0.0
-    for tokens, words, width, chunk in [(70, 90, 6, 8), (61, 80, 20, 7)]:
-        batch = a_batch(rng, tokens, words, width, ignored=3)
-        with TensorWork() as work:
+    found, largest, products, uncounted = [], 0.0, 0.0, set()
+    kinds = [(70, 90, 6, 8, torch.float32), (61, 80, 20, 7, torch.float32), (50, 70, 9, 6, torch.bfloat16)]
+    for tokens, words, width, chunk, dtype in kinds:
+        batch = a_batch(rng, tokens, words, width, ignored=3, dtype=dtype)
+        with TensorWork(large_elements=64) as work:
             found.append(named(answer(*batch, chunk=chunk)))
         largest = max(largest, work.largest_tensor_bytes / (4 * words * max(chunk, width)))
         products = max(products, work.flops / (2 * tokens * words * width))
+        uncounted |= set(work.uncounted)
     return {
         "observed": found,
         # The head's gradient has V * width values, a chunk's logits chunk * V.
         "largest tensor made, in logits of a chunk or gradients of the head": (largest, 1),
         "products of [N, width] by [width, V]": (products, 3),
+        "operations without a count": (len(uncounted), 0),
     }
 
 
@@ -640,6 +693,17 @@ def refused_without_a_valid_token(hidden, head, targets, *, chunk):
     return variant()(hidden, head, targets, chunk=chunk)
 
 
+@mistake(
+    cross_entropy_backward,
+    "Returns zeros for a batch without a valid token before it looks at chunk and shapes.",
+)
+def nothing_valid_not_looked_at(hidden, head, targets, *, chunk):
+    if not (targets != -100).any():
+        zeros = torch.zeros((), dtype=Loss().wide(hidden.dtype))
+        return zeros, torch.zeros_like(hidden).detach(), torch.zeros_like(head).detach()
+    return variant()(hidden, head, targets, chunk=chunk)
+
+
 @mistake(cross_entropy_backward, "Drops the last tokens when they do not fill a chunk.")
 def last_chunk_dropped(*arguments, **options):
     return variant(starts=lambda self, tokens, chunk: range(0, tokens - tokens % chunk, chunk))(
@@ -676,6 +740,16 @@ def last_chunk_only(*arguments, **options):
 )
 def summed_in_bfloat16(*arguments, **options):
     return variant(total_dtype=lambda self, dtype: dtype)(*arguments, **options)
+
+
+@mistake(
+    cross_entropy_backward,
+    "Rounds the gradients of the sum to bfloat16 and divides afterwards, by a count in bfloat16, which has no 259.",
+)
+def divided_in_bfloat16(hidden, head, targets, *, chunk):
+    loss, *gradients = variant(divisor=lambda self, targets: 1)(hidden, head, targets, chunk=chunk)
+    count = (targets != -100).sum().clamp_min(1)
+    return loss / count, *(part / count.to(part.dtype) for part in gradients)
 
 
 @mistake(
@@ -786,6 +860,18 @@ def graph_built(hidden, head, targets, *, chunk):
     return Loss().steps(hidden, head, targets, chunk)
 
 
+@mistake(
+    cross_entropy_backward,
+    "Computes a loss on copies that require gradients: autograd records it, and its backward pass is what is asked for.",
+)
+def recorded_by_autograd(hidden, head, targets, *, chunk):
+    found = variant()(hidden, head, targets, chunk=chunk)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = hidden.detach().clone().requires_grad_()
+        (leaf @ head.detach().clone().T).log_softmax(1)
+    return found
+
+
 @mistake(cross_entropy_backward, "Replaces -100 in the caller's targets: the next epoch trains on word 0.")
 def targets_changed(hidden, head, targets, *, chunk):
     found = variant()(hidden, head, targets, chunk=chunk)
@@ -827,7 +913,7 @@ def one_hot_in_int64(*arguments, **options):
 
 @mistake(
     cross_entropy_backward,
-    "Goes over the chunks twice, for the loss and for the gradients, and multiplies for the logits both times.",
+    "Multiplies for the logits twice: once for the loss, and once more for the gradients.",
 )
 def logits_made_twice(*arguments, **options):
     def product(self, tokens, rows):

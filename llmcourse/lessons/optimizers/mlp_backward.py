@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcourse.counting import TensorWork
+from llmcourse.counting import TensorWork, saved_bytes
 from llmcourse.exercise import alternative, case, cost, exercise, mistake, raised
 
 Gradients = tuple[Tensor, dict[str, Tensor]]
@@ -23,6 +23,10 @@ Gradients = tuple[Tensor, dict[str, Tensor]]
         "torch.Tensor.backward",
         "torch.autograd.functional.vjp",
         "torch.autograd.functional.jacobian",
+        "torch.autograd.graph._engine_run_backward",
+        "torch.autograd.Variable._execution_engine",
+        "torch.ops.aten._backward",
+        "torch._C._ImperativeEngine",
         "torch.func.grad",
         "torch.func.vjp",
         "torch.func.jacrev",
@@ -59,12 +63,13 @@ def mlp_backward(
     0: |a| of several hundred gives finite gradients.
 
     Nothing is kept from a forward pass: compute again what you need. No call of autograd,
-    and no graph either: x and weights may require gradients, results do not. Some cases run
-    in torch.inference_mode(). ValueError where grad_y has not exactly the shape of x.
+    and no graph either, not even inside: x and weights may require gradients, results do
+    not. Some cases run in torch.inference_mode(). ValueError where grad_y has not exactly
+    the shape of x, also without tokens.
 
     For a quarter of the points: 8 products of T * width * hidden multiply-adds each, T
     tokens (2 of the forward again, 6 of the backward), with room for half a product; and no
-    tensor made has more than twice the bytes of a weight matrix or of h, the larger one.
+    tensor made has more than twice the bytes of the largest of x, h and a weight matrix.
     """
     ### BEGIN SOLUTION
     if grad_y.shape != x.shape:
@@ -144,6 +149,17 @@ def batches_of_sequences(answer, rng):
 
 
 @case(mlp_backward)
+def square_and_narrow(answer, rng):
+    """As many hidden units as the width, where no shape tells a matrix from its transpose, and fewer."""
+    found = {}
+    for less in (0, rng.integer(2, 3)):
+        width = rng.integer(6, 8)
+        weights, shape = a_block(rng, width, width - less), (rng.integer(3, 5), width)
+        found[f"{less} fewer"] = plain(answer(rng.normal(*shape), weights, rng.normal(*shape), eps=1e-3))
+    return found
+
+
+@case(mlp_backward)
 def other_leading_dimensions(answer, rng):
     """A single token [width], four dimensions, and no token at all."""
     width, hidden = sizes(rng)
@@ -218,6 +234,16 @@ def beside_autograd(answer, rng):
 
 
 @case(mlp_backward)
+def nothing_kept_for_autograd(answer, rng):
+    """Tensors that require no gradients: whether autograd records anything on the way."""
+    width, hidden = sizes(rng)
+    weights, x, grad_y = a_block(rng, width, hidden), rng.normal(3, width), rng.normal(3, width)
+    with saved_bytes() as saved:
+        found = plain(answer(x, weights, grad_y, eps=1e-4))
+    return {"gradients": found, "autograd has kept tensors": saved.total_bytes > 0}
+
+
+@case(mlp_backward)
 def gradients_of_another_shape(answer, rng):
     """grad_y that broadcasts against x or has as many values is refused; beside them, one that fits."""
     width, hidden = sizes(rng)
@@ -231,30 +257,35 @@ def gradients_of_another_shape(answer, rng):
         "one more": grad_y[None],
         "one value": grad_y[..., :1],
     }
+    without_tokens = {"one more, no token": rng.normal(0, width + 1), "a batch, no token": grad_y[:, :0]}
     return {
         "gradients": plain(answer(x, weights, grad_y, eps=0.1)),
         **{name: raised(answer, x, weights, other) for name, other in others.items()},
+        **{name: raised(answer, x[0, :0], weights, other) for name, other in without_tokens.items()},
     }
 
 
 @cost(mlp_backward, share=1 / 4)
 def products_and_largest_tensor(answer, rng):
-    """Multiply-adds of the matrix products, and the largest tensor made: few tokens, then many."""
-    found, products, largest = [], 0.0, 0.0
-    for shape, width, hidden in [((2, 5), 24, 40), ((3, 20), 10, 17)]:
+    """Multiply-adds of the matrix products, and the largest tensor made: few tokens, many, and a wide x."""
+    found, products, largest, uncounted = [], 0.0, 0.0, set()
+    for shape, width, hidden in [((2, 5), 24, 40), ((3, 20), 10, 17), ((4, 10), 30, 12)]:
         weights = a_block(rng, width, hidden)
         x, grad_y = rng.normal(*shape, width), rng.normal(*shape, width)
-        with TensorWork() as work:
+        with TensorWork(large_elements=64) as work:
             found.append(plain(answer(x, weights, grad_y, eps=1e-5)))
         tokens = shape[0] * shape[1]
         products = max(products, work.flops / (2 * tokens * width * hidden))
-        largest = max(largest, work.largest_tensor_bytes / (4 * max(tokens, width) * hidden))
+        values = max(tokens * width, tokens * hidden, width * hidden)
+        largest = max(largest, work.largest_tensor_bytes / (4 * values))
+        uncounted |= set(work.uncounted)
     return {
         "observed": found,
         # 8 of the reference, and sums over tokens or over the width written as products with a vector.
         "products": (products, 8.5),
         # 2: gate and up may be multiplied as one matrix.
-        "largest tensor made, in sizes of a weight or h": (largest, 2),
+        "largest tensor made, in sizes of x, h or a weight": (largest, 2),
+        "operations without a count": (len(uncounted), 0),
     }
 
 
@@ -273,6 +304,9 @@ class Block:
 
     def inverse_rms(self, x: Tensor, eps: float) -> Tensor:
         return 1 / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)
+
+    def before_activation(self, n: Tensor, weight: Tensor) -> Tensor:
+        return n @ weight.T
 
     def silu(self, a: Tensor) -> Tensor:
         return torch.nn.functional.silu(a)
@@ -326,7 +360,7 @@ class Block:
         r = self.inverse_rms(x, eps)
         z = x * r
         n = z * weights["gain"]
-        a, u = n @ weights["gate"].T, n @ weights["up"].T
+        a, u = (self.before_activation(n, weights[name]) for name in ("gate", "up"))
         grad_h = g @ weights["down"]
         grad_a, grad_u = self.for_gate(grad_h, a, u), self.for_up(grad_h, a, u)
         grad_n = self.for_n(grad_a @ weights["gate"], grad_u @ weights["up"])
@@ -597,6 +631,17 @@ def weights_transposed(*arguments, **options):
 
 @mistake(
     mlp_backward,
+    "Transposes a matrix only where the shapes ask for it: in a square block both ways fit, and the wrong one is taken.",
+)
+def transposed_by_shape(*arguments, **options):
+    def before_activation(self, n, weight):
+        return n @ weight if n.shape[1] == weight.shape[0] else n @ weight.T
+
+    return variant(before_activation=before_activation)(*arguments, **options)
+
+
+@mistake(
+    mlp_backward,
     "Leaves the batch in the gradients of the matrices: one for each sequence. A shared weight gets their sum.",
 )
 def weights_by_sequence(*arguments, **options):
@@ -684,6 +729,18 @@ def graph_built(x, weights, grad_y, *, eps=1e-6):
 
 @mistake(
     mlp_backward,
+    "Runs the block on copies that require gradients: autograd records it, and its backward pass is what is asked for.",
+)
+def recorded_by_autograd(x, weights, grad_y, *, eps=1e-6):
+    found = variant()(x, weights, grad_y, eps=eps)
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        torch.nn.functional.silu(leaf * (leaf.square().mean(-1, keepdim=True) + eps).rsqrt())
+    return found
+
+
+@mistake(
+    mlp_backward,
     "Accumulates into grad_y in place: the caller, who still needs it for the rest of the network, finds it changed.",
 )
 def grad_y_changed(*arguments, **options):
@@ -719,7 +776,17 @@ def values_counted(*arguments, **options):
 
 @mistake(
     mlp_backward,
-    "Computes y again, although no gradient needs it: a product of 9 that is thrown away.",
+    "Returns zeros for an x without tokens before it looks at the shape of grad_y.",
+)
+def no_tokens_not_looked_at(x, weights, grad_y, *, eps=1e-6):
+    if x.numel() == 0:
+        return torch.zeros_like(x), {name: torch.zeros_like(part) for name, part in weights.items()}
+    return variant()(x, weights, grad_y, eps=eps)
+
+
+@mistake(
+    mlp_backward,
+    "One product too many: y, or a product of the forward pass computed a second time.",
 )
 def y_computed_again(*arguments, **options):
     def inputs_of_down(self, a, u):

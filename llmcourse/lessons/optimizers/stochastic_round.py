@@ -40,8 +40,9 @@ def stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
     number, with the sign of x; Inf and -Inf stay; NaN stays NaN.
 
     All chance comes from generator, a CPU generator as x is on the CPU: from the same
-    state come the same draws, and a next call goes on from where it is. The draws of all
-    values are independent. Probabilities are exact to 2^-15.
+    state come the same draws, and a next call goes on from where it is; torch's global
+    generator stays as it is. The draws of all values are independent. Probabilities are
+    right to within 2^-15.
 
     ValueError for any dtype but float32. Used to train 16-bit weights without a float32
     copy: an update of a tenth of the distance to the next number is taken every tenth time.
@@ -63,9 +64,9 @@ excuse(stochastic_round, "65536 -> 65535", "changes probabilities by 2^-16, and 
 # ---------------------------------------------------------------------------------------------------------- cases
 
 
-def allowed(variance, tests):
-    """How far a count may lie from its mean: Bernstein's inequality, solved for FALSE_FAIL / tests on both sides."""
-    log = math.log(2 * tests / FALSE_FAIL)
+def allowed(variance, tests, false_fail=FALSE_FAIL):
+    """How far a count may lie from its mean: Bernstein's inequality, solved for false_fail / tests on both sides."""
+    log = math.log(2 * tests / false_fail)
     return log / 3 + math.sqrt((log / 3) ** 2 + 2 * log * variance)
 
 
@@ -119,7 +120,7 @@ def judged_by_law(observed, expected):
         return "the same state of the generator gave other draws"
     first = (observed["draws"] == away).double()
     following = (observed["next"] == away).double()
-    tests = 4 * len(p)
+    tests = 7 * len(p)
     if bool((first == first[:1]).all()) and not fits(first, (p > 0.5).double(), tests) and first.any():
         return "all rows go the same way"
     if not fits(first, p, tests):
@@ -128,23 +129,36 @@ def judged_by_law(observed, expected):
         return "values beside each other depend on one another"
     if not fits(first[::2] * first[1::2], p * p, tests):
         return "values below each other depend on one another"
+    for parts in (2, 4, 8):
+        pairs = first.view(parts // 2, 2, -1, len(p))
+        if not fits((pairs[:, 0] * pairs[:, 1]).flatten(0, 1), p * p, tests):
+            return f"one part of the values depends on another, of {parts} parts one after the other"
     if torch.equal(observed["next"], observed["draws"]):
         return "another state of the generator gave the same draws"
     if not observed["moved on"]:
         return "the generator stays where it was"
+    if observed["global generator moved"]:
+        return "torch's global generator was seeded or drawn from"
     return None if fits(first * following, p * p, tests) else "the draws of two calls depend on one another"
 
 
 def repeated(answer, x, rows, generator):
     """What is judged by its law: rows of the same values, drawn twice from one state, and once from a later one."""
     torch.rand(rows.shape[1], generator=generator)  # not a fresh one, whose seed would say its state
-    state = generator.get_state()
+    state, others = generator.get_state(), torch.get_rng_state()
     draws = answer(rows, generator)
     moved_on = not torch.equal(generator.get_state(), state)
     torch.rand(1, generator=generator)
     following = answer(rows, generator)
     again = answer(rows, generator.set_state(state))
-    return {"x": x, "draws": bits(draws), "again": bits(again), "next": bits(following), "moved on": moved_on}
+    return {
+        "x": x,
+        "draws": bits(draws),
+        "again": bits(again),
+        "next": bits(following),
+        "moved on": moved_on,
+        "global generator moved": not torch.equal(torch.get_rng_state(), others),
+    }
 
 
 def bits(y):
@@ -199,7 +213,54 @@ def smallest_and_largest(answer, rng):
     return repeated(answer, x, x.repeat(ROWS // 4, 1), rng.spawn())
 
 
-@case(stochastic_round)
+RARE = 1e-9  # a right answer fails the case below with at most this probability
+
+
+def as_often(observed, expected):
+    """Bernstein's inequality at RARE for all rows together, beside the 2^-15 that the statement leaves."""
+    count, parts = expected["values in a row"], expected["part of the way"].tolist()
+    if any(observed["neither neighbour"]):
+        return "a value became a number that is not its neighbour"
+    for p, moved in zip(parts, observed["moved on"], strict=True):
+        mean = count * p
+        if abs(moved - mean) > allowed(mean * (1 - p), len(parts), RARE) + count * 2**-15:
+            return f"of {count:,} values that are {p:.6f} of their way {moved:,} went on, expected about {mean:,.0f}"
+    return None
+
+
+@case(stochastic_round, judge=as_often)
+def a_little_of_the_way(answer, rng):
+    """Half a million equal values each that have gone a 512th, a 1024th and a 4096th of their way."""
+    x, count = between(rng, [1 / 512, 1 / 1024, 1 / 4096]), 2**19
+    towards, away, part = neighbours(x)
+    found = bits(answer(x[:, None].expand(-1, count), rng.spawn()))
+    moved = (found == away[:, None]).sum(dim=1)
+    return {
+        "part of the way": part,
+        "values in a row": count,
+        "moved on": moved.tolist(),
+        "neither neighbour": (count - moved - (found == towards[:, None]).sum(dim=1)).tolist(),
+    }
+
+
+def bit_by_bit(observed, expected):
+    """The numbers of bfloat16 that lie in int16 tensors equal, -0.0 and 0.0 apart; all else equal."""
+    for name, right in expected.items():
+        found = observed[name]
+        if not isinstance(right, torch.Tensor):
+            if found != right:
+                return f"{name}: expected {right}, found {found}"
+        elif not torch.equal(found, right):
+            wrong = found != right
+            of = f"{name}: {int(wrong.sum()):,} of {wrong.numel():,} values differ"
+            if right.dtype == torch.bool:
+                return of
+            found, right = (part[wrong][0].view(torch.bfloat16).item() for part in (found, right))
+            return f"{of}; first: expected {right:.6g}, found {found:.6g}"
+    return None
+
+
+@case(stochastic_round, judge=bit_by_bit)
 def exact_values_stay(answer, rng):
     """Every finite number of bfloat16, both zeros and both infinities; and a million exact values in one call."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
@@ -212,7 +273,7 @@ def exact_values_stay(answer, rng):
     }
 
 
-@case(stochastic_round)
+@case(stochastic_round, judge=bit_by_bit)
 def beyond_the_largest(answer, rng):
     """Values between the largest bfloat16 and the largest float32, infinities, and NaN of several bits."""
     high = (rng.integers(0x7F7F0001, 0x7F7FFFFF, 40, dtype=torch.int32)).view(torch.float32)
@@ -224,9 +285,9 @@ def beyond_the_largest(answer, rng):
     )
     nan = nan.view(torch.float32).repeat(30)
     return {
-        "finite": bits(answer(high * signs, rng.spawn())),
-        "others": bits(answer(others.repeat(20), rng.spawn())),
-        "NaN": answer(nan, rng.spawn()).isnan(),
+        "finite, beyond the largest of bfloat16": bits(answer(high * signs, rng.spawn())),
+        "Inf, -Inf, 0 and -0": bits(answer(others.repeat(20), rng.spawn())),
+        "NaN stays NaN": answer(nan, rng.spawn()).isnan(),
     }
 
 
@@ -273,7 +334,8 @@ def shapes_strides_and_refusals(answer, rng):
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
 
 
-LAW = ("values_of_both_signs", "close_to_exact", "around_powers_of_two", "smallest_and_largest")
+JOINT = ("values_of_both_signs", "close_to_exact", "around_powers_of_two", "smallest_and_largest")
+LAW = (*JOINT, "a_little_of_the_way")
 
 
 def refuse(x):
@@ -497,6 +559,69 @@ def pairs_share(x, generator):
     return written(x, generator, noise=noise)
 
 
+@mistake(
+    stochastic_round,
+    "Draws 8 bits of noise and adds half a step of them: what has gone less than a 512th of its way never goes on.",
+    fails=LAW,
+)
+def eight_centred_bits(x, generator):
+    return written(x, generator, noise=lambda x, generator: (noise_for(x, generator) & 0xFF00) + 128)
+
+
+def in_parts(x, drawn):
+    """The noise of x, of parts that are drawn together."""
+    return torch.cat(drawn)[: x.numel()].view(x.shape)
+
+
+@mistake(
+    stochastic_round,
+    "Draws for the first half of the values, and the second half gets the same draws.",
+    fails=LAW,
+)
+def halves_share(x, generator):
+    def noise(x, generator):
+        return in_parts(x, [noise_for(x.new_empty((x.numel() + 1) // 2), generator)] * 2)
+
+    return written(x, generator, noise=noise)
+
+
+@mistake(
+    stochastic_round,
+    "Draws for the first half of the values and mirrors it for the second half, so that one goes up where the other "
+    "goes down.",
+    fails=LAW,
+)
+def halves_mirrored(x, generator):
+    def noise(x, generator):
+        half = noise_for(x.new_empty((x.numel() + 1) // 2), generator)
+        return in_parts(x, [half, 65535 - half])
+
+    return written(x, generator, noise=noise)
+
+
+@mistake(
+    stochastic_round,
+    "Draws for an eighth of the values and shifts these draws by eighths for the rest: even, and not independent.",
+    fails=LAW,
+)
+def eighths_shifted(x, generator):
+    def noise(x, generator):
+        eighth = noise_for(x.new_empty(-(-x.numel() // 8)), generator)
+        return in_parts(x, [eighth + 8192 * part & 65535 for part in range(8)])
+
+    return written(x, generator, noise=noise)
+
+
+@mistake(
+    stochastic_round,
+    "Seeds torch's global generator from this one and draws there: dropout and data order change with it.",
+    fails=JOINT,
+)
+def seeds_the_global_one(x, generator):
+    torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator)))
+    return written(x, None)
+
+
 @mistake(stochastic_round, "Leaves the generator aside, so no run can be repeated.", fails=LAW)
 def global_randomness(x, generator):
     return written(x, None)
@@ -520,17 +645,30 @@ def generator_not_moved(x, generator):
     return written(x, torch.Generator().set_state(generator.get_state()))
 
 
-@mistake(stochastic_round, "The last values before infinity become infinite, and a weight is lost for good.")
+@mistake(
+    stochastic_round,
+    "A finite value beyond the largest of bfloat16 becomes infinite: a weight is lost for good.",
+)
 def becomes_infinite(x, generator):
     return written(x, generator, kept=lambda x, rounded: torch.where(x.isfinite(), rounded, x))
 
 
-@mistake(stochastic_round, "Clamps infinity to the largest number too: an overflow is not seen any more.")
+@mistake(
+    stochastic_round, "Inf becomes the largest finite number too, so that an overflow is not seen any more."
+)
 def infinity_clamped(x, generator):
     def kept(x, rounded):
         return torch.where(x.isnan(), x, rounded.clamp(-LARGEST, LARGEST))
 
     return written(x, generator, kept=kept)
+
+
+@mistake(
+    stochastic_round,
+    "Clamps and leaves it at that: Inf becomes the largest finite number, and NaN an ordinary one where it carries.",
+)
+def clamped_alone(x, generator):
+    return written(x, generator, kept=lambda x, rounded: rounded.clamp(-LARGEST, LARGEST))
 
 
 @mistake(
