@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -577,3 +578,37 @@ def test_a_product_in_place_costs_what_the_same_product_costs(name: str) -> None
     assert in_place.flops == new.flops > 0
     assert in_place.uncounted == ()
     assert in_place.allocated_bytes == 0
+
+
+def test_work_that_would_not_be_counted_is_refused() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+    class Passing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(4, 4)
+
+    def switched_off() -> None:
+        with _disable_current_modes():
+            x @ x
+
+    def below() -> None:
+        with torch._C._DisableTorchDispatch():
+            x @ x
+
+    ways = {
+        "switch the counting off": (switched_off, below),
+        "start no other": (lambda: threading.Thread(target=x.sum).start(),),
+    }
+    for message, tries in ways.items():
+        for way in tries:
+            with TensorWork() as work, pytest.raises(RuntimeError, match=message):
+                way()
+            assert work.flops == 0
+            way() if message != "start no other" else None  # outside the block all is as before
+    with TensorWork() as work:
+        with Passing():  # a mode of the answer's own comes and goes
+            x @ x
+        x @ x
+    assert work.flops == 2 * 2 * 4**3
