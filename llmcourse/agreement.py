@@ -7,6 +7,7 @@ narrower types: room for another order of summation, none for another formula.
 
 from __future__ import annotations
 
+import builtins
 import math
 
 import torch
@@ -36,9 +37,23 @@ def difference(observed: Data, expected: Data, *, tol: float = 1.0, path: str = 
         return _dict_difference(observed, expected, tol, path)  # type: ignore[arg-type]
     if isinstance(expected, bytes) and observed != expected:
         return where + _bytes_difference(observed, expected)  # type: ignore[arg-type]
-    return (
-        None if observed == expected else f"{where}expected {describe(expected)}, found {describe(observed)}"
-    )
+    if observed == expected:
+        return None
+    if isinstance(expected, str) and is_outcome(expected) and is_outcome(observed):
+        to_do = "a result" if expected == "nothing" else expected
+        return f"{where}expected {to_do}, and the call {outcome(observed)}"  # type: ignore[arg-type]
+    return f"{where}expected {describe(expected)}, found {describe(observed)}"
+
+
+def is_outcome(data: Data) -> bool:
+    """Whether a text is what `exercise.raised` gives: the name of a builtin exception, or "nothing"."""
+    kind = getattr(builtins, data, None) if isinstance(data, str) and data != "nothing" else Exception
+    return isinstance(kind, type) and issubclass(kind, BaseException)
+
+
+def outcome(name: str) -> str:
+    """The same in words."""
+    return "returned" if name == "nothing" else f"raised {name}"
 
 
 def structure(data: Data, *, shapes: bool = True) -> object:

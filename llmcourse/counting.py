@@ -12,6 +12,7 @@ for about a millisecond; it works on Linux only.
 
 from __future__ import annotations
 
+import array
 import ctypes
 import functools
 import gc
@@ -23,9 +24,9 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -124,7 +125,8 @@ class TensorWork(TorchDispatchMode):
     largest_tensor_bytes  the largest of these storages, and `largest_tensor_op`, the operation that made it
 
     Tensors on the meta device allocate nothing. Memory that arrives from elsewhere (numpy, files,
-    `torch.UntypedStorage`) is not seen; `PeakMemory` sees it.
+    `torch.UntypedStorage`) is not seen; `PeakMemory` sees it. Inside the block RuntimeError for a
+    thread that this one starts, and for switching this mode off: neither would be counted.
     """
 
     def __init__(self, *, large_elements: int = 1024) -> None:
@@ -136,6 +138,8 @@ class TensorWork(TorchDispatchMode):
         self.largest_tensor_bytes = 0
         self.largest_tensor_op = ""
         self._uncounted: set[str] = set()
+        self._entered, self._leaving = 0, False
+        self._ways_around = ExitStack()
 
     @property
     def flops(self) -> int:
@@ -149,6 +153,23 @@ class TensorWork(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         # Else torch imports its compiler, for 1.5 s, at the first operation that is counted.
         return False
+
+    def __enter__(self) -> Self:
+        if not self._entered:
+            self._ways_around.enter_context(_no_way_around(self))
+        self._entered += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._leaving = True
+        try:
+            super().__exit__(*error)
+        finally:
+            self._leaving = False
+            self._entered -= 1
+            if not self._entered:
+                self._ways_around.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -193,6 +214,44 @@ class TensorWork(TorchDispatchMode):
             return
         if any(tensor.numel() >= self.large_elements for tensor in [*inputs, *_tensors(result)]):
             self._uncounted.add(name)
+
+
+@contextmanager
+def _no_way_around(mode: TensorWork) -> Iterator[None]:
+    """Until the end of the block, refuse what would hide operations of this thread from `mode`."""
+    thread = threading.get_ident()
+    pop, start = torch._C._pop_torch_dispatch_stack, threading.Thread.start
+
+    def hidden(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("operations are counted here: do not switch the counting off")
+
+    def popped(*key: Any) -> Any:
+        depth = torch._C._len_torch_dispatch_stack()
+        ours = threading.get_ident() == thread and not mode._leaving
+        if ours and depth and torch._C._get_dispatch_stack_at(depth - 1) is mode:
+            hidden()
+        return pop(*key)
+
+    def started(self: threading.Thread) -> None:
+        target = getattr(getattr(self, "_target", None), "__module__", None) or type(self).__module__
+        if threading.get_ident() == thread and not str(target).startswith("llmcourse."):
+            raise RuntimeError("operations are counted here, those of this thread: start no other")
+        start(self)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (torch.utils._python_dispatch, "_pop_torch_dispatch_stack", popped),
+        (torch._C, "_pop_torch_dispatch_stack", popped),
+        (torch._C, "_DisableTorchDispatch", hidden),
+        (threading.Thread, "start", started),
+    ]
+    kept = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, instead in changes:
+            setattr(owner, name, instead)
+        yield
+    finally:
+        for owner, name, original in kept:
+            setattr(owner, name, original)
 
 
 def _formula(func: Any) -> Callable[..., int] | None:
@@ -256,10 +315,12 @@ def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
 def reachable_bytes(*roots: Any) -> int:
     """Bytes of all tensors that can be reached from these objects and their gradients, each storage once.
 
-    What is global where a function was defined, what a class holds and what a module holds are left out.
+    Bytes, arrays of numpy and numbers in lists, 8 bytes each, count too. What is global where a function was
+    defined, what a class holds and what a module holds are left out.
     """
     seen: dict[int, Any] = {}
     tensors: list[Tensor] = []
+    others_bytes = 0
     todo = list(roots)
     while todo:
         thing = todo.pop()
@@ -269,11 +330,17 @@ def reachable_bytes(*roots: Any) -> int:
         if isinstance(thing, Tensor):
             tensors.append(thing)
             todo.append(thing.grad if thing.is_leaf else None)
+        elif isinstance(thing, bytes | bytearray | memoryview | array.array) or hasattr(
+            type(thing), "__array_interface__"
+        ):
+            others_bytes += memoryview(thing).nbytes
+        elif isinstance(thing, list):
+            others_bytes += 8 * sum(isinstance(part, int | float | complex) for part in thing)
         if isinstance(thing, types.FunctionType):
             todo += [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, thing.__dict__]
         else:
             todo += gc.get_referents(thing)
-    return sum(_storage_bytes(tensors).values())
+    return sum(_storage_bytes(tensors).values()) + others_bytes
 
 
 # ---------------------------------------------------------------- saved for backward

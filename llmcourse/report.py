@@ -98,7 +98,7 @@ def _shown(verdict: Verdict) -> list[ItemResult]:
 
 def tried(calls: Sequence[str]) -> str:
     """The call a case made, or the first of those it made."""
-    return f"tried: {calls[0]}" if len(calls) == 1 else f"the first of its calls: {calls[0]}"
+    return f"tried: {calls[0]}" if len(calls) == 1 else f"called several times, first as: {calls[0]}"
 
 
 def text(verdict: Verdict) -> str:

@@ -202,3 +202,17 @@ def test_the_largest_integer_the_wire_carries_can_be_described():
     assert not isinstance(largest, Opaque)
     assert "bits" in describe(largest) and describe([largest]) == "a list of 1"
     assert difference([largest], [largest - 1]) is not None
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected", "told"),
+    [
+        ("nothing", "ValueError", "nan: expected ValueError, and the call returned"),
+        ("TypeError", "ValueError", "nan: expected ValueError, and the call raised TypeError"),
+        ("ValueError", "nothing", "nan: expected a result, and the call raised ValueError"),
+        ("other", "nothing", "nan: expected 'nothing', found 'other'"),
+        ("print", "ValueError", "nan: expected 'ValueError', found 'print'"),
+    ],
+)
+def test_what_a_call_should_have_raised_is_said_in_words(observed: str, expected: str, told: str) -> None:
+    assert difference({"nan": observed}, {"nan": expected}) == told
