@@ -237,7 +237,8 @@ REASONS: dict[str, tuple[Verdict, str]] = {
     ),
     "wide": (
         "inconclusive",
-        "this machine is too busy to place the reference against the baseline; run it again on a quiet one",
+        "this machine is too busy to place the reference against the baseline; run it again on a quiet one, the other "
+        "points stay",
     ),
     "transfer": (
         "inconclusive",

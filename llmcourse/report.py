@@ -68,8 +68,8 @@ def race_line(verdict: Verdict) -> str:
     if found is None or ours is None or result.bar is None:
         return f"{mark} race: {race.title} {result.reason}"
     return (
-        f"{mark} race: {race.title} {found.middle:.2f}x the baseline [{found.low:.2f}, {found.high:.2f}], ours "
-        f"{ours.middle:.2f}x, asked {result.bar:.2f}x, {result.rounds} rounds: {result.reason}"
+        f"{mark} race: {race.title} yours {found.middle:.2f}x the baseline [{found.low:.2f}, {found.high:.2f}], the "
+        f"course's {ours.middle:.2f}x, asked for {result.bar:.2f}x, {result.rounds} rounds: {result.reason}"
     )
 
 

@@ -172,7 +172,7 @@ def test_only_a_right_answer_is_raced(total, monkeypatch):
 
 def test_the_report_draws_the_race(total):
     right = raced(Verdict(total, "total", 4, 4, "right", "all cases agree"), total.race, ended("failed"))
-    assert "2.00x the baseline [1.90, 2.10], ours 2.00x, asked 1.70x" in report.text(right)
+    assert "yours 2.00x the baseline [1.90, 2.10], the course's 2.00x, asked for 1.70x" in report.text(right)
     assert report.html(right).count("<rect") == 3
     fallen = replace(ended("failed"), against_baseline=None, reference_gain=None, bar=None)
     assert "for a reason" in report.html(replace(right, race=fallen))
