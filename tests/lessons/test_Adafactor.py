@@ -272,6 +272,28 @@ class TorchsWay(Written):
         super().__init__(params, lr, beta2_decay, eps, 1.0, weight_decay)
 
 
+class OfTheFirstStep(Written):
+    """One option as it was in the first step."""
+
+    option: str
+
+    def one(self, p, g, group, state):
+        first = group.setdefault("first", group[self.option])
+        super().one(p, g, {**group, self.option: first}, state)
+
+
+class DecayOfTheFirstStep(OfTheFirstStep):
+    option = "beta2_decay"
+
+
+class EpsOfTheFirstStep(OfTheFirstStep):
+    option = "eps"
+
+
+class ThresholdOfTheFirstStep(OfTheFirstStep):
+    option = "d"
+
+
 class FirstStepForever(Written):
     def count(self, state):
         return 1
@@ -342,6 +364,9 @@ ATTACKS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind
     for kind in (
         TorchsWay,
+        DecayOfTheFirstStep,
+        EpsOfTheFirstStep,
+        ThresholdOfTheFirstStep,
         FirstStepForever,
         NoState,
         KeyedByShape,

@@ -233,6 +233,13 @@ def with_options(**fixed: Any) -> Any:
     return move
 
 
+def option_of_the_first_step(name: str) -> Any:
+    def move(self: Written, p: Any, g: Any, group: Any) -> None:
+        Written.move(self, p, g, {**group, name: group.setdefault("first", group[name])})
+
+    return move
+
+
 def only_where(right: Any) -> Any:
     """Moves only the parameters for which `right` is true."""
 
@@ -266,6 +273,21 @@ def forgetful(kept: str) -> Any:
     return load_state_dict
 
 
+def fused(operation: Any) -> Any:
+    """The step of torch's own kernel."""
+
+    def move(self: Written, p: Any, g: Any, group: Any) -> None:
+        state, (b1, b2) = self.state[p], group["betas"]
+        if not state:
+            state.update(t=torch.tensor(0.0), m=torch.zeros_like(p), v=torch.zeros_like(p))
+        state["t"] += 1
+        given = {"lr": group["lr"], "beta1": b1, "beta2": b2, "eps": group["eps"]}
+        given |= {"weight_decay": group["weight_decay"], "amsgrad": False, "maximize": False}
+        operation([p], [g], [state["m"]], [state["v"]], [], [state["t"]], **given)
+
+    return move
+
+
 def answer(**changed: Any) -> type[torch.optim.Optimizer]:
     return type("Answer", (Written,), changed)
 
@@ -273,6 +295,8 @@ def answer(**changed: Any) -> type[torch.optim.Optimizer]:
 ATTACKS = {
     "eps fixed": answer(move=with_options(eps=1e-8)),
     "betas fixed": answer(move=with_options(betas=(0.9, 0.999))),
+    "betas of the first step": answer(move=option_of_the_first_step("betas")),
+    "eps of the first step": answer(move=option_of_the_first_step("eps")),
     "decay fixed": answer(move=with_options(weight_decay=0.01)),
     "no decay": answer(move=with_options(weight_decay=0.0)),
     "clipped": answer(move=clipped),
@@ -286,6 +310,9 @@ ATTACKS = {
     "one step": answer(quotient=sign_from(2)),
     "two steps": answer(quotient=sign_from(3)),
     "twelve steps": answer(quotient=sign_from(13)),
+    "thirty steps": answer(quotient=sign_from(31)),
+    "torch's operations": answer(move=fused(torch.ops.aten._fused_adamw_)),
+    "torch's operation": answer(move=fused(torch.ops.aten._fused_adamw_.default)),
     "rate not resumed": answer(load_state_dict=forgetful("lr")),
     "betas not resumed": answer(load_state_dict=forgetful("betas")),
     "decay not resumed": answer(load_state_dict=forgetful("weight_decay")),

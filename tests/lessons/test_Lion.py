@@ -145,6 +145,16 @@ def test_memory_is_kept_and_shared(seed: int) -> None:
     assert torch.allclose(p, before - 1.5 * p.grad, atol=1e-5)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_gradient_stays_in_m_and_its_sign_in_every_step(sign: int) -> None:
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = Lion([p], lr=1.0)
+    for value in (sign * torch.inf, 1.0, -1.0):
+        p.grad = torch.tensor([value, 1.0])
+        optimizer.step()
+    assert p.tolist() == [-3.0 * sign, -3.0]
+
+
 def test_nan_stops_its_own_element_without_a_word() -> None:
     p = torch.nn.Parameter(torch.zeros(2, 3))
     optimizer = Lion([p], lr=1.0)
@@ -204,6 +214,15 @@ def with_options(**fixed: Any) -> Any:
     return move
 
 
+def beta_of_the_first_step(index: int) -> Any:
+    def move(self: Written, p: Any, g: Any, group: Any) -> None:
+        betas = list(group["betas"])
+        betas[index] = group.setdefault("first", betas[index])
+        Written.move(self, p, g, {**group, "betas": betas})
+
+    return move
+
+
 def only_where(right: Any) -> Any:
     """Moves only the parameters for which `right` is true."""
 
@@ -248,6 +267,8 @@ def answer(**changed: Any) -> type[torch.optim.Optimizer]:
 
 ATTACKS = {
     "betas fixed": answer(move=with_options(betas=(0.9, 0.99))),
+    "b1 of the first step": answer(move=beta_of_the_first_step(0)),
+    "b2 of the first step": answer(move=beta_of_the_first_step(1)),
     "decay fixed": answer(move=with_options(weight_decay=0.1)),
     "no decay": answer(move=with_options(weight_decay=0.0)),
     "clipped": answer(move=clipped),
@@ -280,3 +301,32 @@ def test_the_answer_that_the_attacks_are_made_of_is_right(seed: int) -> None:
     expected = judging.expectations(runner, exercise, seed)
     verdict = judging.judge(runner, exercise, answer(), seed, expected, naming=False)
     assert verdict.points == exercise.points, verdict.reason
+
+
+def signed(mixed: Any) -> Any:
+    """The line of the formula as it is read, and m in place."""
+
+    def direction(self: Written, state: Any, g: Any, b1: float, b2: float) -> Any:
+        found = mixed(state["m"], g, b1)
+        self.average(state["m"], g, b2)
+        return found
+
+    return answer(direction=direction)
+
+
+@pytest.mark.parametrize(
+    "dear",
+    [
+        signed(lambda m, g, b1: torch.sign(b1 * m + (1 - b1) * g)),
+        signed(lambda m, g, b1: m.mul(b1).add(g, alpha=1 - b1).sign()),
+        signed(lambda m, g, b1: m.lerp(g, 1 - b1).sign()),
+    ],
+    ids=["formula", "mul and add", "lerp"],
+)
+def test_right_values_in_too_many_tensors_are_told_so(dear: Any, seed: int) -> None:
+    runner = judging.InProcess()
+    expected = judging.expectations(runner, exercise, seed)
+    verdict = judging.judge(runner, exercise, dear, seed, expected)
+    assert verdict.verdict == "right"
+    assert verdict.points == 2.5
+    assert [mistake.name for mistake in verdict.mistakes] == ["NewTensorForEachOperation"]

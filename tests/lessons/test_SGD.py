@@ -224,6 +224,13 @@ def with_options(**fixed: Any) -> Any:
     return move
 
 
+def option_of_the_first_step(name: str) -> Any:
+    def move(self: Written, p: Any, g: Any, group: Any) -> None:
+        Written.move(self, p, g, {**group, name: group.setdefault("first", group[name])})
+
+    return move
+
+
 def only_where(right: Any) -> Any:
     """Moves only the parameters for which `right` is true."""
 
@@ -270,6 +277,8 @@ def answer(**changed: Any) -> type[torch.optim.Optimizer]:
 ATTACKS = {
     "momentum fixed": answer(move=with_options(momentum=0.9)),
     "no momentum": answer(move=with_options(momentum=0.0)),
+    "momentum of the first step": answer(move=option_of_the_first_step("momentum")),
+    "nesterov of the first step": answer(move=option_of_the_first_step("nesterov")),
     "no decay": answer(move=with_options(weight_decay=0.0)),
     "never nesterov": answer(move=with_options(nesterov=False)),
     "always nesterov": answer(move=with_options(nesterov=True)),

@@ -1088,7 +1088,7 @@ class OptionsOfTheFirstStep(Written):
     "Keeps the means in a dict of the class, by parameter: a new optimizer of the same parameters finds old ones.",
 )
 class MeansOfTheClass(Written):
-    earlier = {}
+    earlier: dict[Any, Any] = {}
 
     def one(self, p, g, group, state):
         if not state:

@@ -41,10 +41,12 @@ from llmcourse.stepping import (
         "torch.optim.adam._fused_adam",
         "torch._fused_adamw_",
         "torch._fused_adam_",
-        "torch.ops.aten._fused_adamw_",
-        "torch.ops.aten._fused_adamw",
-        "torch.ops.aten._fused_adam_",
-        "torch.ops.aten._fused_adam",
+        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
+        *(
+            f"torch.ops.aten.{name}{overload}._op"
+            for name in ("_fused_adamw_", "_fused_adamw", "_fused_adam_", "_fused_adam")
+            for overload in ("", ".default", ".tensor_lr")
+        ),
     ),
     hints=(
         "Loop over self.param_groups, then over a group's params. self.state[p] is an empty dict at first, and "
@@ -760,7 +762,7 @@ class ForgetsOnResume(Written):
     fails=("a_second_optimizer",),
 )
 class AveragesOfTheClass(Written):
-    earlier = {}
+    earlier: dict[Any, Any] = {}
 
     def kept(self, p, group):
         if not self.state[p]:

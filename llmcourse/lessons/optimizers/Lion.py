@@ -700,7 +700,7 @@ class ForgetsOnResume(Written):
     fails=("a_second_optimizer",),
 )
 class AveragesOfTheClass(Written):
-    earlier = {}
+    earlier: dict[Any, Any] = {}
 
     def kept(self, p, group):
         if not self.state[p]:

@@ -38,8 +38,12 @@ from llmcourse.stepping import (
         "torch.optim.sgd._multi_tensor_sgd",
         "torch.optim.sgd._fused_sgd",
         "torch._fused_sgd_",
-        "torch.ops.aten._fused_sgd_",
-        "torch.ops.aten._fused_sgd",
+        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
+        *(
+            f"torch.ops.aten.{name}{overload}._op"
+            for name in ("_fused_sgd_", "_fused_sgd")
+            for overload in ("", ".default", ".tensor_lr")
+        ),
     ),
     hints=(
         "Loop over self.param_groups, then over a group's params. self.state[p] is an empty dict at first, and "
@@ -702,7 +706,7 @@ class ForgetsOnResume(Written):
     fails=("a_second_optimizer",),
 )
 class BuffersOfTheClass(InPlace):
-    earlier = {}
+    earlier: dict[Any, Any] = {}
 
     def kept(self, p, group):
         if not self.state[p]:
