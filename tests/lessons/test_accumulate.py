@@ -118,6 +118,18 @@ def test_ignored_targets_have_no_gradient_and_no_weight(seed: int) -> None:
     assert found == pytest.approx((loss, norm), rel=1e-12)
 
 
+def test_parts_of_longer_sequences_are_those_of_copies(seed: int) -> None:
+    results = []
+    for copied in (False, True):
+        model, _ = model_and_batches(seed)
+        tokens = torch.arange(21).view(3, 7) % model.classes
+        batches = [(tokens[:, :-1], tokens[:, 1:])]
+        if copied:
+            batches = [(inputs.contiguous(), targets.contiguous()) for inputs, targets in batches]
+        results.append(accumulate(model, torch.optim.SGD(model.parameters(), lr=0.1), batches, math.inf))
+    assert results[0] == pytest.approx(results[1], rel=1e-13)
+
+
 def test_old_gradients_are_dropped_and_an_unused_parameter_stays(seed: int) -> None:
     model, batches = model_and_batches(seed)
     for p in model.parameters():

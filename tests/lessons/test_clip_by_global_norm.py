@@ -146,6 +146,24 @@ def test_a_bound_that_is_not_above_zero_is_refused(bound: float) -> None:
         clip_by_global_norm(parameters_of(0, torch.float32), bound)
 
 
+def test_an_empty_gradient_adds_nothing() -> None:
+    empty = torch.zeros(0, 3, requires_grad=True)
+    empty.grad = torch.zeros(0, 3)
+    assert clip_by_global_norm([empty], 1.0) == 0.0
+    parameters = parameters_of(0, torch.float64)
+    norm = clip_by_global_norm([empty, *parameters], math.inf)
+    assert norm == pytest.approx(clip_by_global_norm(parameters, math.inf), rel=1e-15)
+
+
+def test_the_factor_is_not_rounded_to_float16() -> None:
+    narrow = torch.zeros(4, dtype=torch.float16, requires_grad=True)
+    narrow.grad = torch.full((4,), 6e4, dtype=torch.float16)
+    large = torch.zeros(1, requires_grad=True)
+    large.grad = torch.tensor([3e12])
+    clip_by_global_norm([narrow, large], 6e4)
+    torch.testing.assert_close(narrow.grad, torch.full((4,), 1.2e-3, dtype=torch.float16))
+
+
 def test_sparse_and_complex_gradients_are_refused_before_anything_changes() -> None:
     table = torch.nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1, 4])).sum().backward()

@@ -178,6 +178,29 @@ def test_a_scale_or_interval_that_is_none_is_refused(
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("bad", [None, math.inf])
+@pytest.mark.parametrize("bound", [0.0, -1.0, math.nan])
+def test_a_bound_that_is_none_is_refused_before_anything_changes(
+    seed: int, bound: float, bad: float | None
+) -> None:
+    parameters, optimizer = training(seed)
+    give(parameters, torch.Generator().manual_seed(seed), 8.0, bad)
+    before = [p.grad.clone() for p in parameters if p.grad is not None]
+    state: dict[str, Any] = {"scale": 8.0, "good_steps": 3}
+    with pytest.raises(ValueError, match="expected a number above 0"):
+        scaled_step(optimizer, state, max_norm=bound)
+    assert state == {"scale": 8.0, "good_steps": 3}
+    assert all(torch.equal(p.grad, old) for p, old in zip(parameters, before, strict=True))  # type: ignore[arg-type]
+
+
+def test_a_counter_above_the_interval_lets_the_scale_grow(seed: int) -> None:
+    parameters, optimizer = training(seed)
+    give(parameters, torch.Generator().manual_seed(seed), 8.0)
+    state: dict[str, Any] = {"scale": 8.0, "good_steps": 9}
+    assert scaled_step(optimizer, state, growth_interval=4)
+    assert state == {"scale": 16.0, "good_steps": 0}
+
+
 def test_no_gradient_at_all_is_refused(seed: int) -> None:
     _, optimizer = training(seed)
     scheduler = Counted(lambda: None)

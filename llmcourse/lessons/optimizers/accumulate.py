@@ -39,12 +39,13 @@ def accumulate(
     micro_batches: list[tuple[Tensor, Tensor]],
     max_norm: float,
 ) -> tuple[float, float]:
-    """One optimizer step on several micro-batches, as if they were one batch; returns its loss
-    and its gradient's norm; about 12 lines.
+    """One optimizer step on several micro-batches, as if they were one batch; returns its
+    loss and its gradient's norm; about 12 lines.
 
-    micro_batches are pairs (inputs, targets), both int64 [B, S]; B and S may differ from pair to
-    pair. model(inputs) gives logits [B, S, V], float32 or float64. targets[b, s] is the class
-    that logits[b, s] should give: nothing is to be shifted. A target of -100 is not valid: it
+    micro_batches are pairs (inputs, targets), both int64 [B, S]; B and S may differ from
+    pair to pair. model(inputs) gives logits [B, S, V], float32 or float64, which may be as
+    large as 1000. No tensor need be contiguous. targets[b, s] is the class that the logits
+    at [b, s] should give: nothing is to be shifted. A target of -100 is not valid: it
     counts nowhere. Class 0 is a class like any other.
 
         loss = (sum of the cross-entropies of all valid targets of all micro-batches)
@@ -54,17 +55,17 @@ def accumulate(
     this) and max_norm, over the parameters of all groups of the optimizer together. Then
     optimizer.step() is called, once.
 
-    Gradients from before are set to None first (optimizer.zero_grad()); afterwards .grad holds
-    the clipped gradient. A micro-batch without a valid target adds nothing. Returns (loss, norm):
-    two Python floats, the norm from before clipping.
+    Gradients from before are set to None first (optimizer.zero_grad()); afterwards .grad
+    holds the clipped gradient. A micro-batch without a valid target (its logits are finite)
+    adds nothing. Returns (loss, norm): two Python floats, the norm from before clipping.
 
-    ValueError, with parameters, gradients and optimizer as they were, when there is no valid
-    target at all, or no micro-batch. A ValueError of clip_by_global_norm goes through, before any
-    step.
+    ValueError, with parameters, gradients and optimizer as they were, when there is no
+    valid target at all, or no micro-batch. A ValueError of clip_by_global_norm goes
+    through, before any step.
 
-    For a third of the points, micro-batches are what saves memory: model is called at most once
-    for each, with no more tokens than the largest has, and what autograd keeps of one is free
-    before the next call.
+    For a third of the points, micro-batches are what saves memory: model is called at most
+    once for each, with no more tokens than the largest has; what autograd keeps of one is
+    free before the next call, and its logits before the call after that.
 
     One process: with several ranks, the count would be that of all ranks.
     """
@@ -235,6 +236,37 @@ def a_function_and_frozen_parameters(answer, rng):
 
 
 @case(accumulate)
+def parts_of_longer_sequences(answer, rng):
+    """Inputs and targets cut out of the same tokens, and logits that are a transpose: none of them contiguous."""
+    model = Small(rng)
+    optimizer = optimizer_of(rng, model)
+    batches = []
+    for _ in range(2):
+        tokens = rng.integers(0, model.classes - 1, rng.integer(2, 4), rng.integer(5, 8))
+        tokens[0, -1] = -100
+        batches.append((tokens[:, :-1], tokens[:, 1:]))
+
+    def turned(inputs):
+        return (model.head @ model.hidden(inputs).mT + model.bias[:, None]).mT
+
+    return seen(model, optimizer, answer(turned, optimizer, batches, UNCLIPPED))
+
+
+@case(accumulate)
+def logits_far_apart(answer, rng):
+    """Logits around 500 and -500, in float64; some targets have the low ones."""
+    model = Small(rng, torch.float64)
+    optimizer = optimizer_of(rng, model)
+    signs = torch.ones(model.classes, dtype=torch.float64)
+    signs[rng.shuffled(range(model.classes))[: rng.integer(4, 5)]] = -1
+    with torch.no_grad():
+        model.bias += 500 * signs
+    batches = uneven(rng, model.classes)
+    batches[1][1][0, 0], batches[1][1][0, 1] = signs.argmin(), signs.argmax()
+    return seen(model, optimizer, answer(model, optimizer, batches, UNCLIPPED), torch.float64)
+
+
+@case(accumulate)
 def nothing_valid_in_one(answer, rng):
     """Micro-batches without a valid target, at any place among the others."""
     model = Small(rng)
@@ -281,15 +313,20 @@ class Watched:
 
     def __init__(self, model):
         self.model, self.calls, self.held, self.largest_call = model, 0, 0, 0
-        self._kept = []
+        self.logits_held = 0
+        self._kept, self._logits = [], []
 
     def __call__(self, inputs):
         self.held = max(self.held, sum(not reference.expired() for reference in self._kept))
+        earlier = self._logits[:-1]  # a local variable may still hold the last ones
+        self.logits_held = max(self.logits_held, sum(not reference.expired() for reference in earlier))
         self.calls += 1
         self.largest_call = max(self.largest_call, inputs.numel())
         hidden = self.model.hidden(inputs)
         self._kept.append(StorageWeakRef(hidden.untyped_storage()))
-        return hidden @ self.model.head.T + self.model.bias
+        logits = hidden @ self.model.head.T + self.model.bias
+        self._logits.append(StorageWeakRef(logits.untyped_storage()))
+        return logits
 
 
 @cost(accumulate, share=1 / 3)
@@ -307,6 +344,7 @@ def one_micro_batch_at_a_time(answer, rng):
         "calls of the model": (watched.calls, len(batches)),
         "tokens of the largest call": (watched.largest_call, largest),
         "earlier micro-batches still held at a call": (watched.held, 0),
+        "logits held at a call, beside those of the one before": (watched.logits_held, 0),
     }
 
 
@@ -495,6 +533,38 @@ def padding_is_class_zero(model, optimizer, batches, max_norm):
 def shifted_once_more(*arguments):
     def summed(self, logits, targets):
         return Step.summed(self, logits[:, :-1], targets[:, 1:])
+
+    return variant(summed=summed)(*arguments)
+
+
+@mistake(
+    accumulate,
+    "Flattens with view, which logits and targets that are parts or transposes of other tensors do not allow.",
+)
+def flattened_by_view(*arguments):
+    def summed(self, logits, targets):
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1), reduction="sum")
+
+    return variant(summed=summed)(*arguments)
+
+
+@mistake(
+    accumulate,
+    "Adds 1e-30 to the softmax before the logarithm: where the right class has less, the loss stays at 69 and the "
+    "gradient is 0.",
+)
+def logarithm_with_a_floor(*arguments):
+    def summed(self, logits, targets):
+        logs = (logits.softmax(-1) + 1e-30).log()
+        return F.nll_loss(logs.transpose(1, 2), targets, reduction="sum")
+
+    return variant(summed=summed)(*arguments)
+
+
+@mistake(accumulate, "Clamps the logits: beyond the clamp they are all alike and have no gradient.")
+def logits_clamped(*arguments):
+    def summed(self, logits, targets):
+        return Step.summed(self, logits.clamp(-50, 50), targets)
 
     return variant(summed=summed)(*arguments)
 
@@ -795,6 +865,20 @@ def graph_retained(*arguments):
             self.kept = part
 
     return Retained().step(*arguments)
+
+
+@mistake(
+    accumulate,
+    "Collects the logits of all micro-batches: their gradients are done, and their memory is held until the step.",
+)
+def logits_collected(model, optimizer, batches, max_norm):
+    kept = []
+
+    def part(self, logits, batches, index):
+        kept.append(logits.detach())
+        return Step.part(self, logits, batches, index)
+
+    return variant(part=part)(model, optimizer, batches, max_norm)
 
 
 @mistake(

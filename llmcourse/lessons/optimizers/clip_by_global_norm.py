@@ -34,28 +34,30 @@ from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistak
     ),
 )
 def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients, in place, so that their common norm is at most max_norm; returns the
-    norm from before; about 12 lines.
+    """Scale all gradients, in place, so that their common norm is at most max_norm; returns
+    the norm from before; about 12 lines.
 
-    The norm is that of one long vector: the root of the sum of the squares of all elements of
-    all gradients. Squares are taken and added up in float64, whatever the gradients' dtypes
-    (bfloat16, float16, float32, float64, also mixed), so that the norm is right for gradients
-    between 1e-30 and 1e30.
+    The norm is that of one long vector: the root of the sum of the squares of all elements
+    of all gradients. Squares are taken and added up in float64, whatever the gradients'
+    dtypes (bfloat16, float16, float32, float64, also mixed), so that the norm is right for
+    gradients between 1e-30 and 1e30.
 
-    A norm above max_norm: every gradient is multiplied by max_norm / norm (nothing is added to
-    the norm) where it lies: p.grad stays the same tensor, of the same dtype, in the same memory;
-    it may be a view of something larger. A norm up to max_norm: nothing is changed. max_norm may
-    be infinite, to find the norm only.
+    A norm above max_norm: every gradient is multiplied by max_norm / norm (nothing is added
+    to the norm) where it lies: p.grad stays the same tensor, of the same dtype, in the same
+    memory; it may be a view of something larger. The factor is not rounded to that dtype,
+    the products are (in bfloat16 that can move the new norm by 0.4 %). A norm up to
+    max_norm: nothing is changed. max_norm may be infinite, to find the norm only.
 
-    parameters: any iterable of tensors, such as model.parameters(); those whose .grad is None are
-    skipped. Without any gradient the norm is 0.0. The norm returned is a Python float.
+    parameters: any iterable of tensors, such as model.parameters(); those whose .grad is
+    None are skipped, and a gradient may be empty. Without any gradient the norm is 0.0. The
+    norm returned is a Python float.
 
-    ValueError, with every gradient left as it was: a max_norm that is not above 0 (0, negative,
-    NaN), a gradient that is sparse or complex, and a norm that is not finite (NaN or Inf in a
-    gradient, also where max_norm is infinite).
+    ValueError, with every gradient left as it was: a max_norm that is not above 0 (0,
+    negative, NaN), a gradient that is sparse or complex, and a norm that is not finite (NaN
+    or Inf in a gradient, also where max_norm is infinite).
 
-    For a sixth of the points: one gradient at a time. No tensor is made that has more bytes than
-    the largest gradient has in float64.
+    For a sixth of the points: one gradient at a time. No tensor is made that has more bytes
+    than the largest gradient has in float64.
 
     Pascanu et al. 2013 (arXiv 1211.5063), algorithm 1.
     """
@@ -167,6 +169,14 @@ def missing_gradients(answer, rng):
 
 
 @case(clip_by_global_norm)
+def empty_gradients(answer, rng):
+    """A gradient of shape [0, 3] among others, and one alone."""
+    parameters = with_gradients(rng, (3.0, 20.0, 1.0), shapes=((4, 2), (0, 3), (5,)))
+    norm = answer(parameters, norm_of(parameters) / rng.integer(2, 5))
+    return [norm, *gradients_of(parameters), answer(parameters[1:2], 1.0)]
+
+
+@case(clip_by_global_norm)
 def given_by_a_generator(answer, rng):
     """The parameters of a module, which come from a generator that can be gone through once."""
     inputs, outputs = rng.integer(3, 5), rng.integer(6, 8)
@@ -205,16 +215,19 @@ def where_they_lie(answer, rng):
 
 @case(clip_by_global_norm)
 def narrow_floats(answer, rng):
-    """bfloat16, float16 and float32 in one call; thousands of small bfloat16 values; float16 whose squares overflow."""
+    """bfloat16, float16, float32 in one call; thousands of small values; squares that overflow; a factor near 1e-8."""
     mixed = []
     for dtype, scale in ((torch.bfloat16, 3.0), (torch.float16, 40.0), (torch.float32, 9.0)):
         mixed += with_gradients(rng, (scale,) * 2, dtype, ((4, 5), (6,)))
     many = with_gradients(rng, (0.01, 0.02), torch.bfloat16, ((70, 50), (rng.integer(900, 999),)))
     loud = with_gradients(rng, (3e4, 2e3), torch.float16, ((6, 9), (5,)))
+    far = with_gradients(rng, (3e4,), torch.float16, ((6, 9),))
+    far += with_gradients(rng, (1e12,), torch.float32, ((3, 5),))
     return {
         "mixed": [answer(mixed, rng.integer(20, 60)), *gradients_of(mixed)],
         "many": [answer(many, rng.uniform(0.05, 0.2).item()), *gradients_of(many)],
         "loud": [answer(loud, rng.integer(200, 900)), *gradients_of(loud)],
+        "far apart": [answer(far, rng.integer(3, 6) * 1e4), *gradients_of(far)],
     }
 
 
@@ -425,7 +438,18 @@ def largest_of_the_norms(parameters, max_norm):
 def largest_element(parameters, max_norm):
     def norm(self, gradients):
         Clip.refuse_norm(self, Clip.norm(self, gradients))
-        return max((g.abs().max().item() for g in gradients), default=0.0)
+        return max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
+
+    return variant(norm=norm)(parameters, max_norm)
+
+
+@mistake(clip_by_global_norm, "Takes max() of every gradient: an empty one has none, and torch raises.")
+def largest_of_an_empty_one(parameters, max_norm):
+    def norm(self, gradients):
+        largest = max((g.abs().max().item() for g in gradients), default=0.0)
+        if not 0 < largest < math.inf:
+            return largest
+        return largest * math.sqrt(sum((g.double() / largest).square().sum().item() for g in gradients))
 
     return variant(norm=norm)(parameters, max_norm)
 
@@ -501,13 +525,35 @@ def always_to_one(parameters, max_norm):
 
 @mistake(
     clip_by_global_norm,
-    "Adds 1e-6 to the norm it divides by, as libraries do: tiny gradients come out smaller than the bound allows.",
+    "Adds 1e-6 to the norm it divides by and looks at the factor alone: tiny gradients are scaled within the bound.",
 )
 def with_an_epsilon(parameters, max_norm):
     def factor(self, norm, bound):
         return min(1.0, bound / (norm + 1e-6))
 
     return variant(factor=factor)(parameters, max_norm)
+
+
+@mistake(
+    clip_by_global_norm,
+    "Adds 1e-6 to the norm it divides by, as libraries do: gradients come out smaller than the bound, tiny ones far.",
+)
+def with_an_epsilon_above_the_bound(parameters, max_norm):
+    def factor(self, norm, bound):
+        return bound / (norm + 1e-6) if norm > bound else 1.0
+
+    return variant(factor=factor)(parameters, max_norm)
+
+
+@mistake(
+    clip_by_global_norm,
+    "Makes the factor a tensor of the gradient's dtype: in float16 one below 3e-8 is 0, and the gradient is lost.",
+)
+def factor_in_their_own_dtype(parameters, max_norm):
+    def scale(self, g, factor):
+        g.mul_(torch.tensor(factor, dtype=torch.float64).to(g.dtype))
+
+    return variant(scale=scale)(parameters, max_norm)
 
 
 @mistake(clip_by_global_norm, "Takes the root of the factor: the norm stays above the bound.")
@@ -812,7 +858,7 @@ def norm_of_norms(parameters, max_norm):
 @alternative(clip_by_global_norm, "Takes the largest element out before squaring, and writes with copy_")
 def largest_taken_out(parameters, max_norm):
     def norm(self, gradients):
-        largest = max((g.abs().max().item() for g in gradients), default=0.0)
+        largest = max((g.abs().max().item() for g in gradients if g.numel()), default=0.0)
         if not 0 < largest < math.inf:
             return largest if all(g.isfinite().all() for g in gradients) else math.nan
         return largest * math.sqrt(sum((g.double() / largest).square().sum().item() for g in gradients))
@@ -830,8 +876,10 @@ def all_in_one_call(parameters, max_norm):
         norm=lambda self, gradients: math.sqrt(math.fsum(map(self.squares, gradients))),
         scale=lambda self, g, factor: None,
     )(parameters, max_norm)
+    # A Python float would be rounded to float16 first.
+    factor = torch.tensor(Clip().factor(norm, max_norm), dtype=torch.float64)
     for dtype in {g.dtype for g in gradients}:
-        torch._foreach_mul_([g for g in gradients if g.dtype == dtype], Clip().factor(norm, max_norm))
+        torch._foreach_mul_([g for g in gradients if g.dtype == dtype], factor)
     return norm
 
 

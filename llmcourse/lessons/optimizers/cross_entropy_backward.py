@@ -862,7 +862,7 @@ def graph_built(hidden, head, targets, *, chunk):
 
 @mistake(
     cross_entropy_backward,
-    "Computes a loss on copies that require gradients: autograd records it, and its backward pass is what is asked for.",
+    "Computes a loss on copies that require gradients: autograd records it, and its backward pass is what you write.",
 )
 def recorded_by_autograd(hidden, head, targets, *, chunk):
     found = variant()(hidden, head, targets, chunk=chunk)

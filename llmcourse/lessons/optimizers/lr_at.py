@@ -18,6 +18,7 @@ from llmcourse.exercise import alternative, case, excuse, exercise, mistake, rai
     extension=True,
     forbid=(
         "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts",
         "torch.optim.lr_scheduler.LambdaLR",
         "torch.optim.lr_scheduler.LinearLR",
         "torch.optim.lr_scheduler.SequentialLR",
@@ -49,7 +50,7 @@ def lr_at(
             "cosine"   p = (step - w) / (T - w), shape(p) = (1 + cos(pi p)) / 2
             "wsd"      warm-up, stable, decay: p = 0 up to step T - d, then
                        p = (step - (T - d)) / d, shape(p) = 1 - p
-        T <= step      floor, for ever
+        T <= step      floor, forever
 
     So step w still has peak, and step T is the first at the floor: of the T steps of a
     run, none has a rate of 0. Two numbers for peak 1, floor 0.1, T = 10 and w = 2:
@@ -59,8 +60,8 @@ def lr_at(
     run resumed at step 7,000 needs nothing but that number. Python floats throughout.
 
     ValueError for a negative step, w outside 0 .. T - 1, a kind other than "cosine" and
-    "wsd", a floor outside 0 .. peak, and d outside 1 .. T - w where kind is "wsd" ("cosine"
-    does not look at d).
+    "wsd", a floor outside 0 .. peak, a floor or peak of NaN, and d outside 1 .. T - w where
+    kind is "wsd" ("cosine" does not look at d).
     """
     ### BEGIN SOLUTION
     if kind not in ("cosine", "wsd"):
@@ -230,6 +231,8 @@ def refused(answer, rng):
         "floor below 0": (step, {**cosine, "floor": -1e-5}),
         "floor above the peak": (0, {**cosine, "floor": cosine["peak"] * 1.01}),
         "floor of NaN": (step, {**plateau, "floor": math.nan}),
+        "peak of NaN": (step, {**cosine, "peak": math.nan}),
+        "peak of NaN in the warm-up": (0, {**plateau, "peak": math.nan, "floor": 0.0}),
         "peak below 0": (step, {**cosine, "peak": -1e-3, "floor": 0.0}),
         "decay of 0": (total, {**plateau, "decay_steps": 0}),
         "decay of 0 in the warm-up": (0, {**plateau, "decay_steps": 0}),
@@ -434,6 +437,17 @@ def cosine_ends_one_step_early(step, **schedule):
     return variant(cosine_progress=cosine_progress)(step, **schedule)
 
 
+@mistake(
+    lr_at,
+    "Divides the cosine by T - w - 1: the floor comes one step early, and a cosine of one step divides by 0.",
+)
+def cosine_in_fewer_steps(step, **schedule):
+    def cosine_progress(self, step):
+        return (step - self.warmup) / (self.total - self.warmup - 1) if step < self.total else 1.0
+
+    return variant(cosine_progress=cosine_progress)(step, **schedule)
+
+
 @mistake(lr_at, "Starts the cosine one step early: step w has already left the peak.")
 def cosine_starts_one_step_early(step, **schedule):
     def cosine_progress(self, step):
@@ -623,6 +637,19 @@ def decay_in_fewer_steps(step, **schedule):
 
 
 @mistake(
+    lr_at,
+    "Divides the decay of wsd by d - 1: the floor comes one step early, and a decay of one step divides by 0.",
+)
+def decay_in_fewer_steps_or_none(step, **schedule):
+    def decay_progress(self, step):
+        if not self.decay_start() <= step < self.total:
+            return float(step >= self.total)
+        return (step - self.decay_start()) / (self.decay - 1)
+
+    return variant(decay_progress=decay_progress)(step, **schedule)
+
+
+@mistake(
     lr_at, "Does not hold the line of wsd at its end: the rate goes on falling, below the floor and below 0."
 )
 def below_the_floor(step, **schedule):
@@ -755,6 +782,18 @@ def warm_up_of_everything(step, **schedule):
 @mistake(lr_at, "Lets a floor be negative or above the peak: the rate changes its sign, or rises.")
 def any_floor(step, **schedule):
     return variant(refuse_floor=lambda self: None)(step, **schedule)
+
+
+@mistake(
+    lr_at,
+    "Asks whether the floor is below 0 or above the peak, and a NaN is neither: a peak of NaN is taken for one.",
+)
+def peak_of_nan(step, **schedule):
+    def refuse_floor(self):
+        if self.floor < 0 or self.floor > self.peak or math.isnan(self.floor):
+            raise ValueError("floor")
+
+    return variant(refuse_floor=refuse_floor)(step, **schedule)
 
 
 @mistake(

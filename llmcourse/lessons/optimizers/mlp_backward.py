@@ -631,7 +631,7 @@ def weights_transposed(*arguments, **options):
 
 @mistake(
     mlp_backward,
-    "Transposes a matrix only where the shapes ask for it: in a square block both ways fit, and the wrong one is taken.",
+    "Transposes a matrix only where the shapes ask for it: in a square block both ways fit, and the wrong one is used.",
 )
 def transposed_by_shape(*arguments, **options):
     def before_activation(self, n, weight):
@@ -729,7 +729,7 @@ def graph_built(x, weights, grad_y, *, eps=1e-6):
 
 @mistake(
     mlp_backward,
-    "Runs the block on copies that require gradients: autograd records it, and its backward pass is what is asked for.",
+    "Runs the block on copies that require gradients: autograd records it, and its backward pass is what you write.",
 )
 def recorded_by_autograd(x, weights, grad_y, *, eps=1e-6):
     found = variant()(x, weights, grad_y, eps=eps)

@@ -24,6 +24,10 @@ from llmcourse.lessons.optimizers.clip_by_global_norm import clip_by_global_norm
         "torch.amp.grad_scaler.GradScaler",
         "torch.cuda.amp.GradScaler",
         "torch.cpu.amp.GradScaler",
+        "torch.cpu.amp.grad_scaler.GradScaler",
+        "torch.cuda.amp.grad_scaler.GradScaler",
+        "torch.ops.aten._amp_foreach_non_finite_check_and_unscale_",
+        "torch.ops.aten._amp_update_scale_",
         "torch._amp_foreach_non_finite_check_and_unscale_",
         "torch._amp_update_scale_",
         "torch.nn.utils.clip_grad_norm_",
@@ -44,34 +48,36 @@ def scaled_step(
     max_norm: float | None = None,
     growth_interval: int = 2000,
 ) -> bool:
-    """One optimizer step with gradients that are state["scale"] times too large; about 20 lines.
+    """One optimizer step with gradients state["scale"] times too large; about 20 lines.
 
     In float16, gradients below 3e-8 become 0. So the loss was multiplied by a scale before
-    backward(), and the optimizer's parameters (float32 or float64, in one or more groups) now
-    have .grad in their own dtype, scale times too large; Inf or NaN where float16 overflowed on
-    the way. The .grad of some may be None: they are left as they are.
+    backward(), and the optimizer's parameters (float32 or float64, in one or more groups)
+    now have .grad in their own dtype, scale times too large; Inf or NaN where float16
+    overflowed on the way. The .grad of some may be None: they are left as they are.
 
-    state is a plain dict, {"scale": 65536.0, "good_steps": 0} when training starts; it is changed
-    in place, and "scale" stays a Python float.
+    state is a plain dict, {"scale": 65536.0, "good_steps": 0} when training starts; it is
+    changed in place, and "scale" stays a Python float.
 
     All gradients are finite, in all groups:
         every gradient is divided by the scale, once; .grad holds true gradients then
         with a max_norm: they are clipped with clip_by_global_norm, over all groups together
         optimizer.step(), and after it scheduler.step() where there is a scheduler
-        good_steps grows by 1; when it reaches growth_interval, the scale is doubled and
-        good_steps is 0 again
+        good_steps grows by 1; when it is growth_interval or more (a resumed run may have a
+        shorter interval), the scale is doubled and good_steps is 0 again
         returns True
 
     Any element of any gradient is Inf or NaN: the step is skipped.
         neither optimizer.step() nor scheduler.step() is called: parameters, momentum, step
-        counters and the learning rate stay what they were (what .grad holds does not matter)
+        counters and the learning rate stay as they were (what .grad holds does not matter)
         the scale is halved, good_steps is 0: only good steps in a row count
         returns False
 
-    The scale has no upper or lower bound here. Zeroing gradients is the caller's.
+    The scale has no bound here but that float32 holds it, 1 / scale and the true gradients.
+    Zeroing gradients is the caller's.
 
-    ValueError, before anything changes: no parameter has a gradient, a scale that is not finite
-    and above 0, a growth_interval below 1.
+    ValueError, before anything changes, also where the step would be skipped: no parameter
+    has a gradient, a scale that is not finite and above 0, a growth_interval below 1, a
+    max_norm that is not above 0 (0, negative, NaN).
 
     Micikevicius et al. 2018 (arXiv 1710.03740), sec. 3.2.
     """
@@ -80,6 +86,8 @@ def scaled_step(
         raise ValueError(
             f"scale {state['scale']}, growth_interval {growth_interval}; expected above 0, and 1.."
         )
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm {max_norm}; expected a number above 0, or None")
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         raise ValueError("no parameter has a gradient; expected a backward() before the step")
@@ -220,6 +228,18 @@ def the_scale_over_many_steps(answer, rng):
 
 
 @case(scaled_step)
+def a_shorter_interval(answer, rng):
+    """good_steps is at growth_interval or above it already, as in a run that goes on with a shorter one."""
+    found = []
+    for good, interval in ((rng.integer(6, 7), 5), (rng.choice((9, 10)), 4), (3, 3)):
+        training = Training(rng, "sgd", good_steps=good)
+        for _ in range(2):
+            training.backward()
+            found.append(training.seen(training.step(answer, growth_interval=interval)))
+    return found
+
+
+@case(scaled_step)
 def two_thousand_steps(answer, rng):
     """The growth interval that is not given is 2000: the scale around there; an interval of 1 doubles it each time."""
     found = []
@@ -313,16 +333,19 @@ def missing_gradients(answer, rng):
 
 @case(scaled_step)
 def refused(answer, rng):
-    """Scales and intervals that are none are refused, in good and in bad steps, and nothing changes."""
+    """Scales, intervals and bounds that are none are refused, in good and in bad steps, and nothing changes."""
     found = {}
     training = Training(rng)
-    for name, scale, interval in (
-        ("scale 0", 0.0, 5),
-        ("scale below 0", -(2.0**16), 5),
-        ("infinite scale", math.inf, 5),
-        ("scale NaN", math.nan, 5),
-        ("interval 0", 2.0**16, 0),
-        ("interval -3", 2.0**16, -3),
+    for name, scale, interval, bound in (
+        ("scale 0", 0.0, 5, None),
+        ("scale below 0", -(2.0**16), 5, None),
+        ("infinite scale", math.inf, 5, None),
+        ("scale NaN", math.nan, 5, None),
+        ("interval 0", 2.0**16, 0, None),
+        ("interval -3", 2.0**16, -3, None),
+        ("max_norm 0", 2.0**16, 5, 0.0),
+        ("max_norm -1", 2.0**16, 5, -1.0),
+        ("max_norm NaN", 2.0**16, 5, math.nan),
     ):
         for bad in (False, True):
             training.state["scale"] = 2.0**16
@@ -330,7 +353,7 @@ def refused(answer, rng):
             if bad:
                 training.spoil(math.nan)
             training.state["scale"] = scale
-            refused = raised(training.step, answer, growth_interval=interval)
+            refused = raised(training.step, answer, growth_interval=interval, max_norm=bound)
             found[f"{name}, {bad}"] = [refused, training.seen(None, gradients=True)]
     training = Training(rng)
     training.backward()
@@ -349,6 +372,10 @@ class Scaled:
             raise ValueError("scale")
         if growth_interval < 1:
             raise ValueError("growth_interval")
+
+    def refuse_bound(self, max_norm: float | None) -> None:
+        if max_norm is not None and (max_norm <= 0 or math.isnan(max_norm)):
+            raise ValueError("max_norm")
 
     def parameters(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -388,7 +415,7 @@ class Scaled:
 
     def count(self, state: dict[str, Any], growth_interval: int) -> None:
         state["good_steps"] += 1
-        if state["good_steps"] == growth_interval:
+        if not state["good_steps"] < growth_interval:
             state.update(scale=state["scale"] * 2, good_steps=0)
 
     def returned(self, stepped: bool) -> Any:
@@ -396,6 +423,7 @@ class Scaled:
 
     def step(self, optimizer, state, *, scheduler=None, max_norm=None, growth_interval=2000):
         self.refuse(state, growth_interval)
+        self.refuse_bound(max_norm)
         parameters = self.parameters(optimizer)
         self.refuse_nothing(parameters)
         if self.broken(parameters):
@@ -556,6 +584,32 @@ def grows_one_step_early(*arguments, **options):
     return variant(count=count)(*arguments, **options)
 
 
+@mistake(
+    scaled_step,
+    "Grows only where good_steps is growth_interval exactly: once it is above, the scale never grows again.",
+)
+def grows_at_the_interval_only(*arguments, **options):
+    def count(self, state, growth_interval):
+        state["good_steps"] += 1
+        if state["good_steps"] == growth_interval:
+            state.update(scale=state["scale"] * 2, good_steps=0)
+
+    return variant(count=count)(*arguments, **options)
+
+
+@mistake(
+    scaled_step,
+    "Takes good_steps modulo growth_interval: where it is above, the scale grows some steps late.",
+)
+def counts_modulo_the_interval(*arguments, **options):
+    def count(self, state, growth_interval):
+        state["good_steps"] = (state["good_steps"] + 1) % growth_interval
+        if state["good_steps"] == 0:
+            state["scale"] *= 2
+
+    return variant(count=count)(*arguments, **options)
+
+
 @mistake(scaled_step, "Never lets the scale grow: after a few overflows it is too small for good.")
 def scale_never_grows(*arguments, **options):
     def count(self, state, growth_interval):
@@ -659,6 +713,7 @@ def divides_by_the_new_scale(*arguments, **options):
     class New(Scaled):
         def step(self, optimizer, state, *, scheduler=None, max_norm=None, growth_interval=2000):
             self.refuse(state, growth_interval)
+            self.refuse_bound(max_norm)
             parameters = self.parameters(optimizer)
             self.refuse_nothing(parameters)
             if self.broken(parameters):
@@ -847,6 +902,20 @@ def any_interval(*arguments, **options):
     return variant(refuse=refuse)(*arguments, **options)
 
 
+@mistake(scaled_step, "Takes a max_norm of 0 for none, as `if max_norm` does.")
+def bound_of_zero_is_none(optimizer, state, *, max_norm=None, **options):
+    return variant()(optimizer, state, max_norm=max_norm or None, **options)
+
+
+@mistake(
+    scaled_step,
+    "Leaves max_norm to clip_by_global_norm, which refuses it when gradients are divided already, and in a skipped "
+    "step never.",
+)
+def bound_refused_late(*arguments, **options):
+    return variant(refuse_bound=lambda self, max_norm: None)(*arguments, **options)
+
+
 @mistake(scaled_step, "Grows after 1000 good steps where no interval is given.")
 def interval_of_1000(optimizer, state, *, growth_interval=1000, **options):
     return variant()(optimizer, state, growth_interval=growth_interval, **options)
@@ -905,7 +974,7 @@ def times_zero(*arguments, **options):
     return variant(is_broken=is_broken, unscale=unscale)(*arguments, **options)
 
 
-@alternative(scaled_step, "Puts a new, unscaled tensor into .grad, and counts down from a remainder")
+@alternative(scaled_step, "Puts a new, unscaled tensor into .grad, and counts the steps that are left")
 def new_tensors(*arguments, **options):
     def prepare(self, parameters, scale, max_norm):
         for p in parameters:
@@ -913,7 +982,8 @@ def new_tensors(*arguments, **options):
         self.clip(parameters, max_norm)
 
     def count(self, state, growth_interval):
-        state["good_steps"] = (state["good_steps"] + 1) % growth_interval
-        state["scale"] *= 1.0 if state["good_steps"] else 2.0
+        left = max(0, growth_interval - state["good_steps"] - 1)
+        state["good_steps"] = growth_interval - left if left else 0
+        state["scale"] *= 1.0 if left else 2.0
 
     return variant(prepare=prepare, count=count)(*arguments, **options)
