@@ -134,8 +134,8 @@ def _refuser(dotted: str, original: Any) -> Any:
 
     if isinstance(original, type):
         return type(original.__name__, (), {"__init__": refuse})
-    functools.update_wrapper(refuse, original)
-    del refuse.__wrapped__  # type: ignore[attr-defined]  # which would be the original
+    functools.update_wrapper(refuse, original, updated=())  # its attributes would lead to the original
+    del refuse.__wrapped__  # type: ignore[attr-defined]  # which is the original
     return refuse
 
 

@@ -249,6 +249,14 @@ def test_what_other_modules_of_the_library_call_it_is_off_too():
     assert elsewhere._single_tensor_adam is original
 
 
+def test_a_refusal_carries_nothing_of_what_it_stands_for():
+    original = torch.ops.aten._fused_sgd_
+    with switched_off(["torch.ops.aten._fused_sgd_"]):
+        refusal = torch.ops.aten._fused_sgd_
+        assert refusal is not original and vars(refusal) == {}
+    assert torch.ops.aten._fused_sgd_ is original
+
+
 def test_a_class_that_is_found_among_its_bases_subclasses_is_off_too():
     schedules = torch.optim.lr_scheduler
 
