@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from llmcourse import judging
+from llmcourse.counting import reachable_bytes
 from llmcourse.exercise import Rng, find
 from llmcourse.lessons.optimizers import Blockwise8bitState as lesson
-from llmcourse.lessons.optimizers.Blockwise8bitState import LinearSecondMoment, Written, bytes_held
+from llmcourse.lessons.optimizers.Blockwise8bitState import LinearSecondMoment, Written
 
 exercise = find("Blockwise8bitState")
 Blockwise8bitState = exercise.reference
@@ -116,7 +117,7 @@ def test_bytes_are_a_byte_a_value_and_four_a_block(block: int, share: float) -> 
     state = Blockwise8bitState(values, signed=False, block_size=block)
     assert state.nbytes / values.nbytes == pytest.approx(share, abs=5e-5)
     assert Fraction(state.nbytes, values.nbytes) == (1 + Fraction(4, block)) / 4
-    assert state.nbytes <= bytes_held(state) <= state.nbytes + 4096
+    assert state.nbytes <= reachable_bytes(state) <= state.nbytes + 4096
     assert (share <= 0.27) == (block != 32)
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from llmcourse import judging
+from llmcourse.counting import reachable_bytes
 from llmcourse.exercise import find
-from llmcourse.lessons.optimizers.MasterWeights import Written, bytes_held
+from llmcourse.lessons.optimizers.MasterWeights import Written
 
 exercise = find("MasterWeights")
 MasterWeights = exercise.reference
@@ -154,9 +155,9 @@ def test_16_bytes_a_parameter_with_adamw_by_part() -> None:
     assert (weight.nbytes, weight.grad.nbytes, master.nbytes) == (16_000, 16_000, 32_000)
     assert master.grad is None
     assert (state["exp_avg"].nbytes, state["exp_avg_sq"].nbytes) == (32_000, 32_000)
-    assert bytes_held(training) == 16 * 8000 + state["step"].nbytes
+    assert reachable_bytes(training) == 16 * 8000 + state["step"].nbytes
     training.zero_grad()
-    assert bytes_held(training) == 14 * 8000 + state["step"].nbytes
+    assert reachable_bytes(training) == 14 * 8000 + state["step"].nbytes
 
 
 def test_what_is_held_in_a_closure_a_slot_or_a_list_is_counted() -> None:
@@ -167,9 +168,13 @@ def test_what_is_held_in_a_closure_a_slot_or_a_list_is_counted() -> None:
 
     slotted = Slotted()
     slotted.inside = [{"a": (torch.zeros(7),)}]  # type: ignore[attr-defined]
-    assert bytes_held(lambda: hidden) == 400
-    assert bytes_held(slotted) == 28
-    assert bytes_held(hidden, hidden[3:], torch) == 400
+    assert reachable_bytes(lambda: hidden) == 400
+    assert reachable_bytes(slotted) == 28
+    assert (
+        reachable_bytes([1, 2.0, "a"], {"b": b"four"}, bytearray(5), torch.zeros(3).numpy())
+        == 16 + 4 + 5 + 12
+    )
+    assert reachable_bytes(hidden, hidden[3:], torch) == 400
 
 
 def test_a_model_learns_what_its_16_bit_weights_alone_cannot(seed: int) -> None:

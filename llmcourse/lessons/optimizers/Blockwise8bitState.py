@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmcourse.counting import TensorWork, reachable_bytes
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised
@@ -47,9 +52,10 @@ class Blockwise8bitState:
     shape in write() and for a block_size below 1; after a write() that is refused the
     state is what it was.
 
-    For a sixth of the points each: all tensors this object holds have nbytes bytes, and at
-    most 4,096 more for tables; and no tensor made in write() or read() has more than 8
-    bytes a value, where values are many.
+    For a sixth of the points each: what write() leaves in memory, in this object or
+    elsewhere, is nbytes of tensors, at most 4,096 bytes more for tables, and 16 KiB of
+    Python objects; and no tensor made in write() or read() has more than 8 bytes a value,
+    where values are many.
 
     Not handled: a change of less than half the way to the next entry is rounded back, so
     0.999 v is v again, and a moment falls only while new gradients disturb it. A log-spaced
@@ -205,7 +211,10 @@ def blocks_rows_and_strides(answer, rng):
     wide = torch.stack([values_of(rng, (6, 11), False, 5), rng.normal(6, 11)], dim=-1).flatten(1)[:, ::2]
     found["transposed"] = seen(answer(tall, signed=True, block_size=5))
     found["every other"] = seen(answer(wide, signed=False, block_size=5))
-    found["Parameter"] = answer(torch.nn.Parameter(tall), signed=True).read().requires_grad
+    state = answer(torch.nn.Parameter(tall), signed=True)
+    found["requires grad, of a Parameter"] = state.read().requires_grad
+    state.write(torch.nn.Parameter(tall))
+    found["requires grad, of a Parameter written"] = state.read().requires_grad
     return found
 
 
@@ -321,6 +330,30 @@ def refused(answer, rng):
     return {**found, "negative": raised(answer, -values, signed=False), "block sizes": sizes}
 
 
+class Living(TorchDispatchMode):
+    """Bytes of the storages that were made inside and still live, wherever they are held."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[StorageWeakRef, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # else torch imports its compiler, for a second
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for part in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(part, Tensor):
+                self.made[StorageWeakRef(part.untyped_storage())] = part.untyped_storage().nbytes()
+        return result
+
+    def size_bytes(self, ignored):
+        gc.collect()
+        aside = StorageWeakRef(ignored.untyped_storage())
+        return sum(size for made, size in self.made.items() if made != aside and not made.expired())
+
+
 def written_once_and_read(answer, values, signed, block):
     """A state that was made, written and read."""
     state = answer(torch.zeros_like(values), signed=signed, block_size=block)
@@ -330,7 +363,7 @@ def written_once_and_read(answer, values, signed, block):
 
 @cost(Blockwise8bitState, share=1 / 6)
 def bytes_really_held(answer, rng):
-    """All tensors that the object holds, after a write and a read: codes, scales, and tables."""
+    """What a write leaves in memory, in the object and elsewhere: codes, scales, tables, and Python objects."""
     observed, counts = [], {}
     for count, block in ((20_000, 256), (24_000 + rng.integer(1, 99), 24_000)):
         for signed in (True, False):
@@ -339,6 +372,23 @@ def bytes_really_held(answer, rng):
             observed.append(read)
             name = f"bytes held for {20_000 if block == 256 else 24_000} values and more, signed {signed}"
             counts[name] = (reachable_bytes(state), count + 4 * -(-count // block) + 4096)
+    values = values_of(rng, (20_000,), True, 256)
+    made = [answer(values, signed=True), answer(values, signed=True)]
+    with Living() as living:
+        made[0].write(values)
+    counts["bytes of tensors that one write leaves anywhere"] = (
+        living.size_bytes(values),
+        20_000 + 4 * 79 + 4096,
+    )
+    gc.collect()
+    tracemalloc.start()
+    made[1].write(values)
+    gc.collect()
+    counts["bytes of Python objects that one write leaves anywhere"] = (
+        tracemalloc.get_traced_memory()[0],
+        16 * 1024,
+    )
+    tracemalloc.stop()
     return {"observed": observed, **counts}
 
 
@@ -539,6 +589,16 @@ class NearestByLogarithm(Written):
 
 @mistake(
     Blockwise8bitState,
+    "Takes the root of their product for the middle of two entries: that lies too low, and beside 0 it is 0.",
+)
+class GeometricMiddles(Written):
+    def nearest(self, ratio, entries):
+        middles = (entries[1:] * entries[:-1]).abs().sqrt() * entries[1:].sign()
+        return torch.bucketize(ratio, middles.float(), out_int32=True)
+
+
+@mistake(
+    Blockwise8bitState,
     "Lets small second moments become 0, as the nearest entry is: the next step divides by eps alone.",
 )
 class SecondMomentBecomesZero(Written):
@@ -574,6 +634,15 @@ class NoZero(Written):
         codes = super().numbers(ratio, values)
         zero = 127 if self.signed else 0
         return torch.where(codes == zero, zero + 1, codes)
+
+
+@mistake(
+    Blockwise8bitState,
+    "Lifts second moments of exactly 0 too: weights that never had a gradient get a moment above 0.",
+)
+class NoSecondMomentIsZero(Written):
+    def above_zero(self, codes, values):
+        return codes.clamp_min(1)
 
 
 @mistake(
@@ -626,6 +695,55 @@ class FloatKeptBeside(Written):
     def store(self, values):
         super().store(values)
         self.values = values.detach().clone()
+
+
+@mistake(
+    Blockwise8bitState,
+    "Keeps the values as a list of Python numbers: no tensor, and 32 bytes a value.",
+    fails=("bytes_really_held",),
+)
+class KeptAsNumbers(Written):
+    def store(self, values):
+        super().store(values)
+        self.numbers_kept = super().read().reshape(-1).tolist()
+        self.codes_bytes = self.codes.nbytes + self.scales.nbytes
+        del self.codes, self.scales
+
+    def read(self):
+        return self.unflat(torch.tensor(self.numbers_kept, dtype=torch.float32))
+
+    @property
+    def nbytes(self):
+        return self.codes_bytes
+
+
+@mistake(
+    Blockwise8bitState,
+    "Keeps the values in float32 in a dict beside the class: the bytes are not in the object, but in memory.",
+    fails=("bytes_really_held",),
+)
+class KeptElsewhere(Written):
+    elsewhere: dict[int, Tensor] = {}
+
+    def store(self, values):
+        super().store(values)
+        KeptElsewhere.elsewhere[id(self)] = super().read()
+
+    def read(self):
+        return KeptElsewhere.elsewhere[id(self)].clone()
+
+
+@mistake(
+    Blockwise8bitState,
+    "write() does not detach: what is read after a Parameter was written requires grad, and holds its graph.",
+    fails=("blocks_rows_and_strides",),
+)
+class WritesWithGrad(Written):
+    def __init__(self, values, *, signed, block_size=256):
+        super().__init__(values.detach(), signed=signed, block_size=block_size)
+
+    def flat(self, values):
+        return values.reshape(-1)
 
 
 @mistake(Blockwise8bitState, "Keeps the codes as the int32 that the search gives: no byte is saved.")
@@ -926,10 +1044,10 @@ class AnyBlockSize(Written):
         )
 
 
-@alternative(
+@mistake(
     Blockwise8bitState,
-    "Compares with all entries at once: a kilobyte and more for each value",
-    meets_costs=False,
+    "Compares with all entries at once: a table of distances, a kilobyte and more for each value.",
+    fails=("largest_tensor_made",),
 )
 class AllAtOnce(Written):
     def nearest(self, ratio, entries):

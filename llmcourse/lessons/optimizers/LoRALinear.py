@@ -28,8 +28,9 @@ class LoRALinear(nn.Module):
 
     LoRALinear(base, rank, alpha, dropout=0.0); about 25 lines. base is an nn.Linear of
     any float dtype, with a bias or without. It is kept as `base`, the very module and
-    no copy, and frozen: its parameters no longer require gradients. Two parameters are
-    trained, on base's device, in float32 (float64 where base is float64):
+    no copy, and frozen: its parameters no longer require gradients. base(x) is a call of
+    it, so that its hooks run. Two parameters are trained, on base's device, in float32
+    (float64 where base is float64):
 
         lora_A [rank, in]    random: mean 0, standard deviation within a third and
                              three times 1 / sqrt(in), drawn from torch's global generator
@@ -44,16 +45,19 @@ class LoRALinear(nn.Module):
     (torch.nn.functional.dropout), in training only: after eval() D(x) is x. x gets its
     gradient through both terms.
 
-    merge() adds (alpha / rank) B A to base.weight, in base's dtype. From then on forward
-    is base(x) alone, also in training: no dropout, no gradient for A and B. unmerge()
-    subtracts it again, which restores the weight up to rounding. A second merge() changes
-    nothing, nor does unmerge() of a layer that is not merged; train() and eval() do not
-    merge. base.weight never requires a gradient. A and B do not change while merged.
+    merge() adds (alpha / rank) B A to base.weight, in place: it stays the same Parameter
+    in the same memory. The product is made in lora_A's dtype and rounded to base's, before
+    the sum or after it. From then on forward is base(x) alone, also in training: no
+    dropout, no gradient for A and B. unmerge() subtracts it again, which restores the
+    weight up to rounding. A second merge() changes nothing, nor does unmerge() of a layer
+    that is not merged; train() and eval() do not merge. base.weight never requires a
+    gradient. A and B do not change while merged.
 
     state_dict() holds base.weight, base.bias if there is one, lora_A, lora_B and, under a
     name of your choice, whether the layer is merged; load_state_dict() restores that too.
-    `.double()` and the like move everything. ValueError unless 1 <= rank <= min(in, out)
-    and 0 <= dropout < 1. (Hu et al. 2021, "LoRA", sec. 4.1.)
+    `.double()`, `.bfloat16()` and the like move everything, and forward goes on in these
+    dtypes. ValueError, with base as it was, unless 1 <= rank <= min(in, out) and
+    0 <= dropout < 1. (Hu et al. 2021, "LoRA", sec. 4.1.)
 
     For a third of the points, half of it each: (1) making the layer, forward and backward
     make no tensor as large as base.weight, and for T rows of x forward and backward do
@@ -159,6 +163,12 @@ def a_new_layer(answer, rng):
         answer(a_base(rng, outputs, inputs), rank, 2.0),  # the other way round: in is the short side
     ]
     drawn = [layer.lora_A.detach().double() * layer.lora_A.shape[1] ** 0.5 for layer in layers]
+    seed, seeded, moved = rng.integer(0, 1 << 30), [], []
+    for each in (seed, seed, seed + 1):
+        torch.manual_seed(each)
+        state = torch.get_rng_state()
+        seeded.append(answer(base, rank, 16).lora_A.detach())
+        moved.append(not torch.equal(torch.get_rng_state(), state))
     return {
         "trained": [
             sorted(
@@ -178,6 +188,9 @@ def a_new_layer(answer, rng):
         "A has mean 0": [bool(part.mean().abs() < 0.3 * part.std()) for part in drawn],
         "A has no zeros": [bool((part != 0).all()) for part in drawn],
         "another A each": not torch.equal(drawn[0], drawn[1]),
+        "torch.manual_seed decides A": torch.equal(seeded[0], seeded[1]),
+        "another seed, another A": not torch.equal(seeded[0], seeded[2]),
+        "torch's global generator moves on": moved,
     }
 
 
@@ -244,7 +257,7 @@ def merged_and_back(answer, rng):
     inputs, outputs, rank = sizes(rng)
     base, x = a_base(rng, inputs, outputs), rng.normal(4, inputs)
     layer = a_layer(answer, rng, base, rank, rng.choice([8.0, 16.0]), 0.0)
-    seen = {"at first": weight_of(base)}
+    seen, given, first_row = {"at first": weight_of(base)}, base.weight, base.weight.detach()[0]
     for step in (
         "unmerge",
         "eval",
@@ -263,6 +276,8 @@ def merged_and_back(answer, rng):
         layer.unmerge()
         layer.merge()
     seen["merged four times more"] = weight_of(base)
+    seen["base.weight is the Parameter that was given"] = base.weight is given
+    seen["a view of it, merged"] = first_row.clone()
     layer.unmerge()
     return {**seen, "in the end": [weight_of(base), layer(x)]}
 
@@ -326,6 +341,18 @@ def dropout_elsewhere(answer, rng):
 
 
 @case(LoRALinear)
+def hooks_of_base(answer, rng):
+    """base has a forward hook that doubles its output: it runs before merge() and after it."""
+    inputs, outputs, rank = sizes(rng)
+    base, x = a_base(rng, inputs, outputs), rng.normal(4, inputs)
+    layer = a_layer(answer, rng, base, rank, 8.0)
+    base.register_forward_hook(lambda module, arguments, y: 2 * y)
+    seen = {"y": layer(x).detach()}
+    layer.merge()
+    return {**seen, "merged": layer(x)}
+
+
+@case(LoRALinear)
 def narrow_weights(answer, rng):
     """bfloat16 and float16: the dtypes of A, B and y, an update that 8 bits would lose, and the merged weight."""
     seen = {}
@@ -347,21 +374,32 @@ def narrow_weights(answer, rng):
     return seen
 
 
+def moved_to(answer, rng, dtype, then):
+    """A layer of this dtype after .to(then): what it holds and gives, merged and not."""
+    inputs, outputs, rank = sizes(rng)
+    base = a_base(rng, inputs, outputs, dtype=dtype)
+    layer = a_layer(answer, rng, base, rank, 4.0).to(then)
+    with torch.no_grad():
+        layer.lora_A.copy_(rng.normal(rank, inputs, dtype=torch.float64) / inputs**0.5)
+    x = rng.normal(4, inputs, dtype=then)
+    y = layer(x).detach()
+    layer.merge()
+    thin = {"A": layer.lora_A, "B": layer.lora_B}
+    return {**thin, "y": y, "merged weight": weight_of(base), "y, merged": layer(x)}
+
+
 @case(LoRALinear)
 def double_precision(answer, rng):
     """A float64 layer; and a float32 one after .double(), whose A and B are then float64 too."""
-    inputs, outputs, rank = sizes(rng)
-    seen = []
-    for dtype in (torch.float64, torch.float32):
-        base = a_base(rng, inputs, outputs, dtype=dtype)
-        layer = a_layer(answer, rng, base, rank, 4.0).double()
-        with torch.no_grad():
-            layer.lora_A.copy_(rng.normal(rank, inputs, dtype=torch.float64))
-        x = rng.normal(4, inputs, dtype=torch.float64)
-        y = layer(x)
-        layer.merge()
-        seen += [layer.lora_A, layer.lora_B, y, weight_of(base), layer(x)]
-    return seen
+    return {
+        str(dtype): moved_to(answer, rng, dtype, torch.float64) for dtype in (torch.float64, torch.float32)
+    }
+
+
+@case(LoRALinear)
+def narrowed_afterwards(answer, rng):
+    """A float32 layer after .bfloat16(), whose A and B are then bfloat16 too."""
+    return moved_to(answer, rng, torch.float32, torch.bfloat16)
 
 
 def kept(state):
@@ -435,8 +473,10 @@ def refused(answer, rng):
         "dropout 1.5": (2, 8.0, 1.5),
     }
     x = rng.normal(3, inputs)
+    found = {name: raised(answer, base, *options) for name, options in given.items()}
     return {
-        **{name: raised(answer, base, *options) for name, options in given.items()},
+        **found,
+        "base requires gradients after a refusal": [p.requires_grad for p in base.parameters()],
         "largest rank": raised(answer, base, short, 8.0, 0.0),
         "y": a_layer(answer, rng, base, short, 8.0)(x),
         "large dropout": a_layer(answer, rng, base, 1, -2.0, 0.99).eval()(x),
@@ -446,28 +486,29 @@ def refused(answer, rng):
 @cost(LoRALinear, share=1 / 6)
 def thin_products(answer, rng):
     """Work of a training step, and the largest tensor made in it and while the layer is made."""
-    observed, largest, beyond = [], 0.0, 0
+    observed, largest, beyond, uncounted = [], [], 0, 0
     for inputs, outputs, rank, rows in ((72, 96, 4, 5), (90, 60, 3, 8)):
         base = a_base(rng, inputs, outputs, bias=rows == 5)
         leading = (rows,) if rows == 5 else (2, rows // 2)
         x, g = rng.normal(*leading, inputs).requires_grad_(), rng.normal(*leading, outputs)
-        with TensorWork() as making:
+        with TensorWork(large_elements=64) as making:
             layer = answer(base, rank, 8.0)
         a_matrix = rng.normal(rank, inputs)
         with torch.no_grad():
             layer.lora_A.copy_(a_matrix)
             layer.lora_B.copy_(rng.normal(outputs, rank))
-        with TensorWork() as work:
+        with TensorWork(large_elements=64) as work:
             y = layer(x)
             y.backward(g)
         observed += [y, x.grad, layer.lora_A.grad, layer.lora_B.grad]
         most_bytes = max(making.largest_tensor_bytes, work.largest_tensor_bytes)
-        largest = max(largest, most_bytes / base.weight.nbytes)
+        largest.append((-(-most_bytes // 4), inputs * outputs - 1))
+        uncounted += len(work.uncounted)
         beyond += max(0, work.flops - 4 * rows * inputs * outputs - 6 * rows * rank * (inputs + outputs))
-    # The last step below 1: a tensor of the weight's own size is one too many.
     return {
         "observed": observed,
-        "largest tensor made, in sizes of base.weight": (largest, math.nextafter(1, 0)),
+        "float32 values in the largest tensor made": max(largest, key=lambda pair: pair[0] / pair[1]),
+        "operations without a count": (uncounted, 0),
         "operations beyond 4 T in out + 6 T rank (in + out)": (beyond, 0),
     }
 
@@ -475,17 +516,22 @@ def thin_products(answer, rng):
 @cost(LoRALinear, share=1 / 6)
 def one_product_once_merged(answer, rng):
     """Operations in matrix products of a merged forward, in training and after eval()."""
-    observed, beyond = [], 0
+    observed, beyond, uncounted = [], 0, 0
     for inputs, outputs, rank, rows in ((40, 56, 4, 5), (64, 48, 3, 7)):
         layer = a_layer(answer, rng, a_base(rng, inputs, outputs), rank, 8.0, 0.1)
         x = rng.normal(1, rows, inputs)
         layer.merge()
         for mode in (layer.train, layer.eval):
             mode()
-            with TensorWork() as work:
+            with TensorWork(large_elements=64) as work:
                 observed.append(layer(x))
+            uncounted += len(work.uncounted)
             beyond += max(0, work.flops - 2 * rows * inputs * outputs)
-    return {"observed": observed, "operations beyond 2 T in out": (beyond, 0)}
+    return {
+        "observed": observed,
+        "operations beyond 2 T in out": (beyond, 0),
+        "operations without a count": (uncounted, 0),
+    }
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -607,12 +653,24 @@ class RandomTheOtherWay(Steps):
 
 @mistake(
     LoRALinear,
-    "A is drawn with standard deviation 1, whatever in is: A x is sqrt(in) times as loud as x.",
+    "A's standard deviation is not near 1 / sqrt(in), so A x is much louder or quieter than x.",
     fails=("a_new_layer",),
 )
 class UnscaledNormal(Steps):
     def random(self, rank, inputs):
         return torch.randn(rank, inputs)
+
+
+@mistake(
+    LoRALinear,
+    "A is not drawn from torch's global generator: torch.manual_seed does not decide it, and no run can be repeated.",
+    fails=("a_new_layer",),
+)
+class OwnGenerator(Steps):
+    def random(self, rank, inputs):
+        own = torch.Generator()
+        own.seed()
+        return torch.randn(rank, inputs, generator=own) / inputs**0.5
 
 
 @mistake(
@@ -788,7 +846,7 @@ class DenseProduct(Steps):
 @mistake(
     LoRALinear,
     "One product with W + (alpha / rank) B A in every step: the sum and its gradient are both dense.",
-    fails=("thin_products",),
+    fails=("thin_products", "hooks_of_base"),
 )
 class DenseSum(Steps):
     def forward(self, x):
@@ -862,7 +920,7 @@ class CopiesTheBase(Steps):
 @mistake(
     LoRALinear,
     "The base is hidden from the module, so state_dict() lacks it and `.double()` leaves it behind.",
-    fails=("a_new_layer", "double_precision", "saved", "loaded_elsewhere"),
+    fails=("a_new_layer", "double_precision", "narrowed_afterwards", "saved", "loaded_elsewhere"),
 )
 class HidesTheBase(Steps):
     def keep(self, base):
@@ -932,7 +990,7 @@ class NoCast(Steps):
 @mistake(
     LoRALinear,
     "The path of the update is float32 by name, not by the dtype of A: it breaks in float64.",
-    fails=("double_precision",),
+    fails=("double_precision", "narrowed_afterwards"),
 )
 class AlwaysFloat32(Steps):
     def dtype(self, base):
@@ -940,6 +998,38 @@ class AlwaysFloat32(Steps):
 
     def thin(self, x):
         return self.drop(x.float())
+
+
+@mistake(
+    LoRALinear,
+    "x is cast to float32 unless it is float64, and not to the dtype of A: it breaks after .bfloat16().",
+    fails=("narrowed_afterwards",),
+)
+class CastByName(Steps):
+    def thin(self, x):
+        return self.drop(x if x.dtype == torch.float64 else x.float())
+
+
+@mistake(
+    LoRALinear,
+    "base is not called, only multiplied with: its hooks do not run.",
+    fails=("hooks_of_base",),
+)
+class BaseIsNotCalled(Steps):
+    def plain(self, x):
+        return nn.functional.linear(x, self.base.weight, self.base.bias)
+
+    merged = plain
+
+
+@mistake(
+    LoRALinear,
+    "base is frozen before rank and dropout are looked at, and stays so when they are refused.",
+    fails=("refused",),
+)
+class FreezesThenRefuses(Steps):
+    def __init__(self, base, rank, alpha, dropout=0.0):
+        super().__init__(base.requires_grad_(False), rank, alpha, dropout)
 
 
 @mistake(
@@ -1091,19 +1181,15 @@ class RankByRank(Steps):
         return total * self.scale
 
 
-@alternative(
-    LoRALinear,
-    "Replaces base.weight by a new frozen Parameter when it merges, and adds in float32 before it rounds",
-)
-class NewFrozenParameter(Steps):
+@alternative(LoRALinear, "Adds in the dtype of A before it rounds, both in forward and when it merges")
+class RoundsOnce(Steps):
     def forward(self, x):
-        if self.is_merged:
-            return self.base(x)
         y = self.base(x)
-        return torch.add(y.to(self.lora_A.dtype), self.update(x)).to(y.dtype)
+        return y if self.is_merged else torch.add(y.to(self.lora_A.dtype), self.update(x)).to(y.dtype)
 
+    @torch.no_grad()
     def put(self, weight):
-        self.base.weight = nn.Parameter(weight.detach().to(self.base.weight.dtype), requires_grad=False)
+        self.base.weight.copy_(weight)
 
     def merge(self):
         if not self.is_merged:
@@ -1114,6 +1200,16 @@ class NewFrozenParameter(Steps):
         if self.is_merged:
             self.put(self.base.weight - self.product())
         self.is_merged.fill_(0)
+
+
+@mistake(
+    LoRALinear,
+    "merge() puts a new tensor in the place of base.weight: whatever shares the weight keeps the old values.",
+    fails=("merged_and_back",),
+)
+class NewFrozenParameter(RoundsOnce):
+    def put(self, weight):
+        self.base.weight = nn.Parameter(weight.detach().to(self.base.weight.dtype), requires_grad=False)
 
 
 @mistake(

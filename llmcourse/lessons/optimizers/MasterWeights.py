@@ -33,14 +33,15 @@ class MasterWeights:
     float32 tensors of their own with the parameters' values; returns a torch.optim
     Optimizer over them, whichever and with whatever groups. It is made once: the caller
     may hold it, change its learning rate or hang a scheduler on it.
-    ValueError for no parameters, for one that is given twice and for any other dtype.
+    ValueError for no parameters, for the same object given twice and for any other dtype.
 
     step(): gives each master its parameter's gradient as float32, takes one step of the
     optimizer and writes the masters into the parameters, rounded as Tensor.to does (to
     nearest, ties to even). A parameter without gradient (None) leaves its master without
-    one in that step; zeros, NaN and Inf are gradients like any other. The parameters stay
-    the same objects in the same memory, and their gradients stay as they are: those of
-    several backward passes add up there, in 16 bits, until zero_grad().
+    one in that step, and need not be written; zeros, NaN and Inf are gradients like any
+    other. The parameters stay the same objects in the same memory, and their gradients
+    stay as they are: those of several backward passes add up there, in 16 bits, until
+    zero_grad().
 
     zero_grad(): every parameter's gradient is None.
 
@@ -344,10 +345,14 @@ def plain(masters):
     return Plain(masters, 0.125)
 
 
+def fast_adamw(masters):
+    return torch.optim.AdamW(masters, lr=0.5)
+
+
 def saved_by(answer, rng, shapes):
-    """The state of another training, with parameters of these shapes, after a step."""
+    """The state of another training, with parameters of these shapes and a larger learning rate, after a step."""
     parameters = parameters_of(rng, dtypes=(torch.bfloat16,) * len(shapes), shapes=shapes)
-    training, _ = wrapped(answer, iter(parameters), plain)
+    training, _ = wrapped(answer, iter(parameters), fast_adamw)
     for p in parameters:
         p.grad = torch.ones_like(p)
     training.step()
@@ -358,7 +363,7 @@ def saved_by(answer, rng, shapes):
 def refused(answer, rng):
     """Parameters of other dtypes, none or the same twice; saved states that do not fit, after which all goes on."""
     parameters = parameters_of(rng)
-    training, made = wrapped(answer, iter(parameters), plain)
+    training, made = wrapped(answer, iter(parameters), adamw)
     give_gradients(parameters, rng)
     training.step()
     others = {
@@ -373,8 +378,11 @@ def refused(answer, rng):
     states = {name: saved_by(answer, rng, shapes) for name, shapes in others.items()}
     found = {name: raised(training.load_state_dict, state) for name, state in states.items()}
     give_gradients(parameters, rng)
-    training.step()
+    found["a step after them"] = raised(training.step)
     twice = [*parameters, parameters[rng.integer(0, 2)]]
+    flat = rng.normal(12, dtype=torch.bfloat16)
+    one_place = [torch.nn.Parameter(part) for part in (flat, flat.view(3, 4), flat[:5])]
+    empty = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((0,), (0,), (3, 0))]
     for dtype in (torch.float32, torch.float64, torch.complex64):
         wide = torch.nn.Parameter(rng.normal(2, 3).to(dtype))
         found[f"first in {dtype}"] = raised(answer, iter([wide, *parameters]), plain)
@@ -384,6 +392,8 @@ def refused(answer, rng):
         "none": raised(answer, iter([]), lambda masters: None),
         "twice": raised(answer, iter(twice), plain),
         "equal values": raised(answer, [*parameters, torch.nn.Parameter(parameters[0].clone())], plain),
+        "views that begin at one place": raised(answer, iter(one_place), plain),
+        "empty ones": raised(answer, iter([*parameters, *empty]), plain),
         "values": values(parameters),
         "masters": masters_in(made[0]),
     }
@@ -796,6 +806,18 @@ class MastersNotSaved(Written):
             master.copy_(p.detach())
 
 
+@mistake(
+    MasterWeights,
+    "Saves the optimizer's state_dict() alone and makes the masters from the model's 16 bits: the file has none.",
+)
+class NothingButTheOptimizer(Written):
+    def state_dict(self):
+        return {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.load({**state, "masters": [p.detach() for p in self.model]})
+
+
 @mistake(MasterWeights, "Saves the masters alone: after a resume the moments start at zero again.")
 class MomentsNotSaved(Written):
     def load(self, state):
@@ -902,6 +924,30 @@ class ChangesThenRefuses(Written):
             if value.shape != master.shape:
                 raise ValueError("shapes")
             master.copy_(value)
+
+
+@mistake(
+    MasterWeights,
+    "Loads the optimizer's state before it looks at the masters: after a refusal learning rate and moments are others.",
+    fails=("refused",),
+)
+class OptimizerLoadedFirst(Written):
+    def fits(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        super().fits(state)
+
+
+@mistake(
+    MasterWeights,
+    "Tells parameters apart by their address: two empty ones, or two that begin at one place, are taken for one.",
+    fails=("refused",),
+)
+class TwiceByAddress(Written):
+    def accepted(self, parameters):
+        model = super().accepted(parameters)
+        if len({p.data_ptr() for p in model}) < len(model):
+            raise ValueError("twice")
+        return model
 
 
 @mistake(

@@ -61,9 +61,9 @@ def checkpoint(function: Callable[..., Any], *inputs: Any, **options: Any) -> An
     backward, when its inside is first needed: gradients are made of what that second run
     computes. It has what the first one had:
 
-      - the state of torch's generator for the CPU (torch.get_rng_state), so that dropout drops
-        the same values. Afterwards the generator stands where it stood before backward, as
-        if function had not run again; forward advances it like a plain call;
+      - the state of torch's generator for the CPU (torch.get_rng_state), so that dropout
+        drops the same values. Afterwards the generator stands where it stood before
+        backward, as if function had not run again; forward advances it like a plain call;
       - autocast for the CPU: whether it is on, and its dtype (torch.is_autocast_enabled,
         torch.get_autocast_dtype), wherever backward is called.
 
@@ -1050,27 +1050,28 @@ def nobody_asks(function, *inputs, **options):
 class Bare(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, options, *inputs):
-        ctx.function, ctx.options, ctx.inputs = function, options, inputs
         ctx.segment = Hooked(function, inputs, options)
+        ctx.segment.watched = lambda: inputs
+        ctx.segment.versions = ctx.segment.changes()
         return function(*inputs, **options)
 
     @staticmethod
     def backward(ctx, *gradients):
-        again, segment = Rerun(ctx.function, ctx.inputs, ctx.options), ctx.segment
+        segment = ctx.segment
         segment.check()
-        tensors = [again.cut(part) for part in again.values if isinstance(part, Tensor)]
+        inputs = [Rerun.cut(None, part) if isinstance(part, Tensor) else part for part in segment.inputs]
         with segment.guarded(), torch.enable_grad(), segment.autocast():
             segment.rewind()
-            results = again.call(tensors)
-        found = iter(again.ends(tensors, results, gradients))
-        taken = [next(found) if isinstance(part, Tensor) else None for part in ctx.inputs]
-        return None, None, *taken
+            results = segment.function(*inputs, **segment.options)
+        pairs = Rerun.pairs(None, results if isinstance(results, tuple) else (results,), gradients)
+        torch.autograd.backward([part for part, _ in pairs], [gradient for _, gradient in pairs])
+        return None, None, *(part.grad if isinstance(part, Tensor) else None for part in inputs)
 
 
 @mistake(
     checkpoint,
-    "A bare autograd.Function: without an input that requires a gradient backward is not called, and parameters get "
-    "nothing; it does not see tensors by name, and lets all its outputs require a gradient.",
+    "A bare autograd.Function: without an input that requires a gradient its backward is not called, and parameters "
+    "get nothing; all its outputs require a gradient, and tensors by name pass it unseen.",
 )
 def bare_function(function, *inputs, **options):
     return Bare.apply(function, options, *inputs)

@@ -27,8 +27,8 @@ from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistak
     hints=(
         "With u = U S V^T, a step puts a polynomial of each singular value in the place of S and leaves U and V as "
         "they are. Dividing by the norm first brings S into [0, 1], where the polynomial was chosen to work.",
-        "Write the momentum with operations that end in _, and nothing else. Only a tall u is turned round, and turned "
-        "back before the factor. A norm of 0 is the one to look at before dividing.",
+        "Write the momentum with operations that end in _, and nothing else. Only a tall u is transposed, and the "
+        "result transposed back before the factor. A norm of 0 is the one to look at before dividing.",
     ),
 )
 def muon_update(
@@ -41,8 +41,8 @@ def muon_update(
 ) -> Tensor:
     """What Muon subtracts, times the learning rate, from a weight matrix; about 15 lines.
 
-    gradient [rows, cols] of any float dtype, momentum [rows, cols] float32 or float64. In
-    the dtype of momentum, which the returned update has too:
+    gradient [rows, cols] of any float dtype of 16 bits or more, momentum [rows, cols]
+    float32 or float64. In the dtype of momentum, which the returned update has too:
 
         momentum <- beta * momentum + (1 - beta) * gradient                      in place
         u = beta * momentum + (1 - beta) * gradient    with the momentum just written
@@ -51,12 +51,12 @@ def muon_update(
         X <- 3.4445 X + (-4.7750 A + 2.0315 A A) X     with A = X X^T, `steps` times
         update = X * sqrt(max(1, rows / cols))
 
-    With more rows than cols, the steps are taken on the transpose and X is turned back
+    With more rows than cols, the steps are taken on the transpose and X is transposed back
     after them: the numbers are the same, and A is [cols, cols] instead of [rows, rows].
 
-    A gradient of magnitude 1e-15 gives the same update as one of magnitude 1 or 1e15: no
-    eps is added. A u of zeros gives zeros. The update is a new tensor; gradient stays as
-    it is, and neither tensor need be contiguous.
+    A gradient of magnitude 1e-15 (1e-25 with a float64 momentum) gives the same update as
+    one of magnitude 1 or 1e15: no eps is added. A u of zeros gives zeros. The update is a
+    new tensor; gradient stays as it is, and neither tensor need be contiguous.
 
     ValueError, with momentum as it was: gradient is not a matrix, is empty, is sparse,
     is not of a real float dtype, holds NaN or infinity, or has another shape than
@@ -183,19 +183,23 @@ def known_spectrum(answer, rng):
 
 @case(muon_update, tol=100, because=GROWS)
 def numbers_of_steps(answer, rng):
-    """One step, two, four, seven, in float64."""
+    """One step, two, four, three or seven, nine, in float64."""
     gradient = rng.normal(5, 8, dtype=torch.float64)
     return [
         direction(answer, gradient, torch.zeros(5, 8, dtype=torch.float64), steps=steps)
-        for steps in (1, 2, 4, rng.choice((3, 7)))
+        for steps in (1, 2, 4, rng.choice((3, 7)), 9)
     ]
 
 
 @case(muon_update, tol=8, because=GROWS)
 def every_magnitude(answer, rng):
-    """Gradients of magnitudes 1e-15 to 1e15 give the same kind of update."""
+    """Gradients of magnitudes 1e-15 to 1e15, and of 1e-25 in float64, give the same kind of update."""
     sizes = (1e-15, 1e-8, 1e-5, 1e3, 1e15)
-    return [direction(answer, rng.normal(*rng.choice(((4, 9), (9, 4)))) * size) for size in sizes]
+    seen = {
+        f"{size:g}": direction(answer, rng.normal(*rng.choice(((4, 9), (9, 4)))) * size) for size in sizes
+    }
+    quiet = rng.normal(4, 9, dtype=torch.float64) * 1e-25
+    return {**seen, "1e-25 in float64": direction(answer, quiet, torch.zeros_like(quiet))}
 
 
 @case(muon_update, tol=8, because=GROWS)
@@ -257,6 +261,7 @@ def refusals(answer, rng):
         "one row": raised(answer, fine[:1], momentum),
         "a vector for a matrix": raised(answer, fine[0], momentum),
         "sparse": raised(answer, fine.to_sparse(), momentum),
+        "sparse, in rows": raised(answer, fine.to_sparse_csr(), momentum),
         "complex": raised(answer, fine.to(torch.complex64), momentum),
         "integers": raised(answer, fine.mul(9).int(), momentum),
         "NaN": raised(answer, broken(math.nan), momentum),
@@ -265,6 +270,7 @@ def refusals(answer, rng):
         "beta 1": raised(answer, fine, momentum, beta=1.0),
         "beta below 0": raised(answer, fine, momentum, beta=-0.1),
         "beta above 1": raised(answer, fine, momentum, beta=1.5),
+        "beta NaN": raised(answer, fine, momentum, beta=math.nan),
         "no steps": raised(answer, fine, momentum, steps=0),
         "steps below 0": raised(answer, fine, momentum, steps=-1),
         "momentum changed": not torch.equal(momentum, before),
@@ -304,7 +310,7 @@ class Muon:
         self.refuse_values(gradient)
 
     def refuse_kind(self, gradient: Tensor) -> None:
-        if gradient.is_sparse or gradient.is_complex() or not gradient.is_floating_point():
+        if gradient.layout != torch.strided or gradient.is_complex() or not gradient.is_floating_point():
             raise ValueError("kind")
 
     def refuse_values(self, gradient: Tensor) -> None:
@@ -312,7 +318,7 @@ class Muon:
             raise ValueError("NaN or infinity")
 
     def refuse_options(self, beta: float, steps: int) -> None:
-        if beta < 0 or beta >= 1 or steps < 1:
+        if not 0 <= beta < 1 or steps < 1:
             raise ValueError("options")
 
     def accumulated(self, gradient: Tensor, momentum: Tensor, beta: float) -> Tensor:
@@ -507,6 +513,15 @@ def eps_beside_the_norm(*arguments, **options):
     return variant(normalised=lambda self, u: u / (self.norm(u) + 1e-7))(*arguments, **options)
 
 
+@mistake(
+    muon_update,
+    "Clamps the norm at 1e-17 against a division by 0: in float64 there are gradients below that.",
+    fails=("every_magnitude",),
+)
+def norm_clamped(*arguments, **options):
+    return variant(normalised=lambda self, u: u / self.norm(u).clamp_min(1e-17))(*arguments, **options)
+
+
 @mistake(muon_update, "Divides by a norm of 0 where nothing has had a gradient yet: NaN in every weight.")
 def zero_divided_by_zero(*arguments, **options):
     return variant(normalised=lambda self, u: u / self.norm(u))(*arguments, **options)
@@ -523,6 +538,11 @@ def normalised_every_step(*arguments, **options):
 
 
 # Steps
+
+
+@mistake(muon_update, "Stops after seven steps, whatever `steps` says.", fails=("numbers_of_steps",))
+def at_most_seven(*arguments, steps=5, **options):
+    return variant()(*arguments, steps=min(steps, 7), **options)
 
 
 @mistake(
@@ -628,7 +648,7 @@ def signs(*arguments, **options):
 
 @mistake(
     muon_update,
-    "Never turns a tall matrix round: the numbers are right, but A has rows x rows values, and three products of it "
+    "Never transposes a tall matrix: the numbers are right, but A has rows x rows values, and three products of it "
     "cost (rows / cols)^2 times as much.",
 )
 def never_turned(*arguments, **options):
@@ -637,7 +657,7 @@ def never_turned(*arguments, **options):
 
 @mistake(
     muon_update,
-    "Turns the wide matrices round and not the tall ones: the numbers are right, and every product is the larger.",
+    "Transposes the wide matrices and not the tall ones: the numbers are right, and every product is the larger.",
 )
 def wide_ones_turned(*arguments, **options):
     return variant(is_turned=lambda self, u: u.shape[0] < u.shape[1])(*arguments, **options)
@@ -658,7 +678,7 @@ def long_products(*arguments, **options):
     return variant(step=step)(*arguments, **options)
 
 
-@mistake(muon_update, "Forgets to turn a tall matrix back.")
+@mistake(muon_update, "Forgets to transpose a tall matrix back.")
 def not_turned_back(*arguments, **options):
     def orthogonalised(self, u, steps):
         x = self.normalised(u)
@@ -698,8 +718,8 @@ def factor_without_a_root(*arguments, **options):
 
 @mistake(
     muon_update,
-    "Takes the longer side over the shorter one for the factor, or looks at the shape after the matrix was turned "
-    "round: wide matrices are enlarged too.",
+    "Takes the longer side over the shorter one for the factor, or looks at the shape after the matrix was "
+    "transposed: wide matrices are enlarged too.",
 )
 def factor_of_both(*arguments, **options):
     return variant(factor=lambda self, rows, cols: (max(rows, cols) / min(rows, cols)) ** 0.5)(
@@ -814,6 +834,26 @@ def refused_too_late(*arguments, **options):
 @mistake(muon_update, "Does not look at beta and steps: with beta = 1 no gradient ever arrives.")
 def options_not_looked_at(*arguments, **options):
     return variant(refuse_options=lambda self, beta, steps: None)(*arguments, **options)
+
+
+@mistake(
+    muon_update, "Asks whether beta is below 0 or at least 1: NaN is neither, and the momentum becomes NaN."
+)
+def beta_of_nan(*arguments, **options):
+    def refuse_options(self, beta, steps):
+        if beta < 0 or beta >= 1 or steps < 1:
+            raise ValueError("options")
+
+    return variant(refuse_options=refuse_options)(*arguments, **options)
+
+
+@mistake(muon_update, "Asks is_sparse, which is False for a matrix in CSR form.", fails=("refusals",))
+def rows_let_through(*arguments, **options):
+    def refuse_kind(self, gradient):
+        if gradient.is_sparse or gradient.is_complex() or not gradient.is_floating_point():
+            raise ValueError("kind")
+
+    return variant(refuse_kind=refuse_kind)(*arguments, **options)
 
 
 @mistake(

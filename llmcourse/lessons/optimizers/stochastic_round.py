@@ -224,7 +224,8 @@ def as_often(observed, expected):
     for p, moved in zip(parts, observed["moved on"], strict=True):
         mean = count * p
         if abs(moved - mean) > allowed(mean * (1 - p), len(parts), RARE) + count * 2**-15:
-            return f"of {count:,} values that are {p:.6f} of their way {moved:,} went on, expected about {mean:,.0f}"
+            often = "often" if moved > mean else "rarely"
+            return f"values that have gone a {round(1 / p)}th of their way go on too {often}"
     return None
 
 
@@ -252,11 +253,11 @@ def bit_by_bit(observed, expected):
                 return f"{name}: expected {right}, found {found}"
         elif not torch.equal(found, right):
             wrong = found != right
-            of = f"{name}: {int(wrong.sum()):,} of {wrong.numel():,} values differ"
             if right.dtype == torch.bool:
-                return of
-            found, right = (part[wrong][0].view(torch.bfloat16).item() for part in (found, right))
-            return f"{of}; first: expected {right:.6g}, found {found:.6g}"
+                return f"{name}: not all do"
+            found, right = (part[wrong].view(torch.bfloat16) for part in (found, right))
+            largest = right.float().argmax()
+            return f"{name}: expected {right[largest]:.6g}, found {found[largest]:.6g}"
     return None
 
 
@@ -651,6 +652,18 @@ def generator_not_moved(x, generator):
 )
 def becomes_infinite(x, generator):
     return written(x, generator, kept=lambda x, rounded: torch.where(x.isfinite(), rounded, x))
+
+
+@mistake(
+    stochastic_round,
+    "A finite negative value beyond the largest becomes -Inf: only the positive side is looked after.",
+    fails=("beyond_the_largest",),
+)
+def becomes_minus_infinite(x, generator):
+    def kept(x, rounded):
+        return torch.where(x.isfinite(), rounded.clamp(max=LARGEST), x)
+
+    return written(x, generator, kept=kept)
 
 
 @mistake(
