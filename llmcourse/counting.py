@@ -312,6 +312,31 @@ def _dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
     return (tensor,)
 
 
+class LivingBytes(TorchDispatchMode):
+    """Remembers the storages that operations return inside a `with` block; `size_bytes` counts those that still live,
+    wherever they are held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[StorageWeakRef, int] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as above
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for part in _tensors(result):
+            self._made[StorageWeakRef(part.untyped_storage())] = part.untyped_storage().nbytes()
+        return result
+
+    def size_bytes(self, *aside: Tensor) -> int:
+        """Bytes of the storages that live now, without those of `aside`."""
+        gc.collect()
+        left_out = {StorageWeakRef(tensor.untyped_storage()) for tensor in aside}
+        return sum(size for made, size in self._made.items() if made not in left_out and not made.expired())
+
+
 def reachable_bytes(*roots: Any) -> int:
     """Bytes of all tensors that can be reached from these objects and their gradients, each storage once.
 

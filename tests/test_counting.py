@@ -612,3 +612,14 @@ def test_work_that_would_not_be_counted_is_refused() -> None:
             x @ x
         x @ x
     assert work.flops == 2 * 2 * 4**3
+
+
+def test_living_bytes_are_those_that_somebody_holds() -> None:
+    x = torch.ones(256)
+    with counting.LivingBytes() as living:
+        y, held = x + 1, [x * 2, (x * 3)[:1]]
+        _ = x * 4 + 1
+    assert living.size_bytes() == 1024 * 4  # y, the two in the list, and what the last line left in _
+    assert living.size_bytes(y, _) == 1024 * 2
+    held.clear()
+    assert living.size_bytes(y, _) == 0

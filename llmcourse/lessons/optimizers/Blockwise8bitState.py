@@ -7,10 +7,8 @@ import tracemalloc
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmcourse.counting import TensorWork, reachable_bytes
+from llmcourse.counting import LivingBytes, TensorWork, reachable_bytes
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised
 
 
@@ -330,30 +328,6 @@ def refused(answer, rng):
     return {**found, "negative": raised(answer, -values, signed=False), "block sizes": sizes}
 
 
-class Living(TorchDispatchMode):
-    """Bytes of the storages that were made inside and still live, wherever they are held."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: dict[StorageWeakRef, int] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False  # else torch imports its compiler, for a second
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(part, Tensor):
-                self.made[StorageWeakRef(part.untyped_storage())] = part.untyped_storage().nbytes()
-        return result
-
-    def size_bytes(self, ignored):
-        gc.collect()
-        aside = StorageWeakRef(ignored.untyped_storage())
-        return sum(size for made, size in self.made.items() if made != aside and not made.expired())
-
-
 def written_once_and_read(answer, values, signed, block):
     """A state that was made, written and read."""
     state = answer(torch.zeros_like(values), signed=signed, block_size=block)
@@ -374,7 +348,7 @@ def bytes_really_held(answer, rng):
             counts[name] = (reachable_bytes(state), count + 4 * -(-count // block) + 4096)
     values = values_of(rng, (20_000,), True, 256)
     made = [answer(values, signed=True), answer(values, signed=True)]
-    with Living() as living:
+    with LivingBytes() as living:
         made[0].write(values)
     counts["bytes of tensors that one write leaves anywhere"] = (
         living.size_bytes(values),

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmcourse.counting import TensorWork
+from llmcourse.counting import LivingBytes, TensorWork
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised
 
 
@@ -453,37 +451,13 @@ def modules_and_views(answer, rng):
     }
 
 
-class Living(TorchDispatchMode):
-    """Bytes of the storages that were made inside and still live."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: dict[StorageWeakRef, int] = {}
-
-    @classmethod
-    def _should_skip_dynamo(cls):
-        return False  # else torch imports its compiler, for a second
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(part, Tensor):
-                self.made[StorageWeakRef(part.untyped_storage())] = part.untyped_storage().nbytes()
-        return result
-
-    def size_bytes(self, *ignored):
-        gc.collect()
-        aside = {StorageWeakRef(tensor.untyped_storage()) for tensor in ignored}
-        return sum(size for made, size in self.made.items() if made not in aside and not made.expired())
-
-
 @cost(checkpoint, share=1 / 6)
 def bytes_between(answer, rng):
     """What was made in forward and still lives when backward begins."""
     rows = rng.integer(60, 70)
     part, x = Part(rng, 32, 128, 40, rate=0.0), leaf(rng, rows, 32)
     given = x * 1
-    with Living() as living:
+    with LivingBytes() as living:
         y = answer(part, given)
     held = living.size_bytes(given, y, part.up, part.bias, part.down)
     y.backward(rng.normal(rows, 40))
