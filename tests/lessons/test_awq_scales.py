@@ -344,6 +344,7 @@ WRONG: dict[str, Answer] = {
     "20 steps at most": at_most(20),
     "50 steps at most": at_most(50),
     "the first 64 tokens": within(lambda tokens: tokens[:64]),
+    "the first 256 tokens": within(lambda tokens: tokens[:256]),
     "the last 64 tokens": within(lambda tokens: tokens[-64:]),
     "every other token": within(lambda tokens: tokens[::2]),
     "every other token, from the second": within(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -182,7 +183,22 @@ class Narrow(Written):
         return y
 
 
+def keeping(held: Callable[[Tensor], Any]) -> type[Written]:
+    """An answer that keeps x / scale beside x and scale, in something of its own."""
+
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bits: int) -> Tensor:
+        ctx.held = held((x / scale).detach())
+        return Written.forward(ctx, x, scale, bits)
+
+    return type("Keeping", (Written,), {"forward": staticmethod(forward)})
+
+
 WRONG: dict[str, Any] = {
+    "kept in an object": keeping(lambda ratio: types.SimpleNamespace(ratio=ratio)),
+    "kept in a set": keeping(lambda ratio: {ratio}),
+    "kept in a list": keeping(lambda ratio: ratio.tolist()),
+    "kept in a function": keeping(lambda ratio: lambda: ratio),
+    "scale above 1e-32": holding(lambda x, scale: (scale > 1e-32).all()),
     **{f"scale above {floor}": dividing(floor=floor) for floor in (1e-5, 1e-11, 1e-29)},
     "epsilon added": dividing(added=1e-11),
     **{

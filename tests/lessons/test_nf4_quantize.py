@@ -227,12 +227,21 @@ WRONG: dict[str, Step] = {
     "last block": refusing(lambda w: ~w.reshape(-1)[-64:].isfinite().all()),
     **{f"maxima above {floor}": floored_maxima(floor) for floor in (1e-5, 1e-11, 1e-30)},
     **{f"group scales above {floor}": floored_groups(floor) for floor in (1e-5, 1e-12, 1e-30)},
+    "p with 4 digits": stepping(levels=lesson.levels_of(p=0.9677)),
     "even blocks": sizes(lambda block, group: block % 2 == 0 or block == 1),
     "blocks of several": sizes(lambda block, group: block > 1),
     "groups of several": sizes(lambda block, group: group > 1),
     "blocks up to 64": sizes(lambda block, group: block <= 64),
     "groups up to 256": sizes(lambda block, group: group <= 256),
 }
+
+
+def test_loud_weights_have_a_finite_offset() -> None:
+    packed, stored, scales, offset = nf4_quantize(torch.full((8, 64), 1e38))
+    assert (packed == 255).all()
+    assert offset.item() == torch.tensor(1e38).item()
+    assert not stored.any()
+    assert scales.item() == 1
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -309,7 +309,7 @@ WRONG: dict[str, Step] = {
     **{f"above {floor}": scaled(lambda s, floor=floor: s.clamp_min(floor)) for floor in (1e-5, 1e-11, 1e-30)},
     **{
         f"1 below {floor}": scaled(lambda s, floor=floor: torch.where(s < floor, 1.0, s))
-        for floor in (1e-8, 1e-30)
+        for floor in (1e-8, 1e-30, 1e-35)
     },
     "epsilon added": scaled(lambda s: s + 1e-8),
     "no float16": allowing(lambda keys, values: keys.dtype != torch.float16),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from llmcourse.counting import LivingBytes, TensorWork
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,7 @@ from llmcourse.exercise import alternative, case, cost, exercise, mistake, raise
     points=4,
     minutes=25,
     extension=True,
+    forbid=("ml_dtypes.float4_e2m1fn",) if find_spec("ml_dtypes") else (),  # comes with onnx
     hints=(
         "Codes 0 to 7 are in the order of their values, so a code is a place on the grid: two for each power of two "
         "that was passed, and the rounded rest. Saturate before you round.",
@@ -44,7 +47,7 @@ def block_scaled_fp4(x: Tensor, *, form: str) -> tuple[Tensor, Tensor, Tensor | 
     scale is its largest magnitude / 6 / tensor scale, rounded to E4M3 (to nearest, ties
     to even); the byte is its pattern, as of torch.float8_e4m3fn, which may be used.
     divisor = tensor scale * scale as stored. In a block whose divisor is 0 every code
-    is 0. All in float32, in the order written here.
+    is 0. All in float32.
 
     ValueError: for another form, for no values at all, for a K that blocks do not
     divide (zeros behind it would have to be stored somewhere), for NaN or infinity.

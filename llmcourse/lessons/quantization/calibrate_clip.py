@@ -12,12 +12,35 @@ from torch import Tensor
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import Rng, alternative, case, cost, excuse, exercise, mistake, raised
 
+LIBRARY = (
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "_fake_quantize_learnable_per_tensor_affine",
+    "_fake_quantize_learnable_per_channel_affine",
+    "fused_moving_avg_obs_fake_quant",
+    "_fused_moving_avg_obs_fq_helper",
+)
+CACHEMASKS = (
+    "fake_quantize_per_tensor_affine_cachemask",
+    "fake_quantize_per_channel_affine_cachemask",
+)
+
 
 @exercise(
     points=3,
     minutes=12,
     extension=True,
-    forbid=("torch.fake_quantize_per_channel_affine", "torch.fake_quantize_per_tensor_affine"),
+    forbid=(
+        *(f"torch.{name}" for name in LIBRARY),
+        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
+        *(
+            f"torch.ops.aten.{name}{overload}._op"
+            for name in (*LIBRARY, *CACHEMASKS)
+            for overload in ("", ".default")
+        ),
+        "torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams._op",
+    ),
     hints=(
         "A lower clip rounds all values more finely and cuts a few; how much a cut value matters is not in the value "
         "but in the column of the weight that it meets. Try every candidate on all tokens, and look behind the layer.",
@@ -49,7 +72,9 @@ def calibrate_clip(batches: Sequence[Tensor], weight: Tensor, *, bits: int, step
     them, inputs that are all 0.
 
     Cost (a sixth of the points): at most steps + 1 matrix products of the size of x @
-    weight.T for each batch.
+    weight.T for each batch. Elementwise products are not among these; so all tensors
+    made for a candidate may together take no more memory than T / 2 float32 matrices
+    [N, K], T being the number of all tokens.
     """
     ### BEGIN SOLUTION
     if not 2 <= bits <= 8 or steps < 1:
@@ -153,7 +178,7 @@ def loud_channels(answer, rng):
 
 @case(calibrate_clip)
 def unequal_batches(answer, rng):
-    """Many quiet tokens and one loud one, batches that become louder, and batches that become quieter."""
+    """Many quiet tokens and one loud one, batches that become louder, that become quieter, and that end loudly."""
     bits, steps = 3, rng.integer(10, 14)
 
     def lone():
@@ -164,12 +189,17 @@ def unequal_batches(answer, rng):
     def growing():
         return [4.0**i * rng.normal(rng.integer(20, 30), 8) for i in range(3)], rng.normal(11, 8)
 
+    def late():
+        return [torch.cat([0.05 * rng.normal(260, 8), rng.normal(60, 8)])], rng.normal(11, 8)
+
     lone_batches, lone_weight = clear(lone, bits, steps)
     batches, weight = clear(growing, bits, steps)
+    late_batches, late_weight = clear(late, bits, steps)
     return {
         "one loud token": answer(lone_batches, lone_weight, bits=bits, steps=steps),
         "louder and louder": answer(batches, weight, bits=bits, steps=steps),
         "quieter and quieter": answer(batches[::-1], weight, bits=bits, steps=steps),
+        "loud tokens last": answer(late_batches, late_weight, bits=bits, steps=steps),
     }
 
 
@@ -289,14 +319,21 @@ def refusals(answer, rng):
 
 @cost(calibrate_clip, share=1 / 6)
 def one_product_each(answer, rng):
-    """Two batches and four candidates: multiplications and additions in matrix products."""
-    steps, inputs, outputs = 4, 8, 24
+    """Two batches and four candidates: multiplications and additions in matrix products, and the memory of all tensors
+    that are made.
+    """
+    steps, inputs, outputs = 4, 48, 64
     batches, weight = clear(
         lambda: ([tailed(rng, 30, inputs), tailed(rng, 20, inputs)], rng.normal(outputs, inputs)), 4, steps
     )
     with TensorWork() as work:
         found = answer(batches, weight, bits=4, steps=steps)
-    return {"observed": found, "FLOPs": (work.flops, (steps + 1) * 2 * 50 * inputs * outputs)}
+    return {
+        "observed": found,
+        "FLOPs": (work.flops, (steps + 1) * 2 * 50 * inputs * outputs),
+        "calls of torch's fake quantizers": (sum(n for name, n in work.calls.items() if "fake_q" in name), 0),
+        "allocated bytes": (work.allocated_bytes, steps * 50 // 2 * 4 * inputs * outputs),
+    }
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -417,6 +454,13 @@ def error_of_the_input(batches, weight, *, bits, steps):
 @mistake(calibrate_clip, "Calibrates on the first batch only.")
 def first_batch_only(batches, weight, *, bits, steps):
     return variant(used=lambda self, batches: [batches[0].float()])(batches, weight, bits=bits, steps=steps)
+
+
+@mistake(calibrate_clip, "Calibrates on the first 256 tokens of each batch only, to save time.")
+def first_tokens_only(batches, weight, *, bits, steps):
+    return variant(used=lambda self, batches: [batch.float()[:256] for batch in batches])(
+        batches, weight, bits=bits, steps=steps
+    )
 
 
 @mistake(
@@ -650,6 +694,17 @@ def shapes_unchecked(batches, weight, *, bits, steps):
 def both_outputs_each_time(batches, weight, *, bits, steps):
     def behind(self, x, change, weight):
         return (x - change) @ weight.T - x @ weight.T
+
+    return variant(behind=behind)(batches, weight, bits=bits, steps=steps)
+
+
+@mistake(
+    calibrate_clip,
+    "Multiplies x and the weight elementwise and adds up, with a tensor [T, N, K], where a matrix product does it.",
+)
+def product_by_broadcasting(batches, weight, *, bits, steps):
+    def behind(self, x, change, weight):
+        return (change.unsqueeze(1) * weight).sum(2)
 
     return variant(behind=behind)(batches, weight, bits=bits, steps=steps)
 

@@ -7,8 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcourse.counting import saved_bytes
+from llmcourse.counting import TensorWork, reachable_bytes, saved_bytes
 from llmcourse.exercise import alternative, case, cost, exercise, mistake, raised
+
+LIBRARY = (
+    "fake_quantize_per_tensor_affine",
+    "fake_quantize_per_channel_affine",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "_fake_quantize_learnable_per_tensor_affine",
+    "_fake_quantize_learnable_per_channel_affine",
+    "fused_moving_avg_obs_fake_quant",
+    "_fused_moving_avg_obs_fq_helper",
+)
+CACHEMASKS = (
+    "fake_quantize_per_tensor_affine_cachemask",
+    "fake_quantize_per_channel_affine_cachemask",
+)
 
 
 @exercise(
@@ -16,10 +30,14 @@ from llmcourse.exercise import alternative, case, cost, exercise, mistake, raise
     minutes=20,
     extension=True,
     forbid=(
-        "torch.fake_quantize_per_tensor_affine",
-        "torch.fake_quantize_per_channel_affine",
-        "torch._fake_quantize_learnable_per_tensor_affine",
-        "torch._fake_quantize_learnable_per_channel_affine",
+        *(f"torch.{name}" for name in LIBRARY),
+        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
+        *(
+            f"torch.ops.aten.{name}{overload}._op"
+            for name in (*LIBRARY, *CACHEMASKS)
+            for overload in ("", ".default")
+        ),
+        "torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams._op",
     ),
     hints=(
         "Write y = scale * clamp(round(x / scale), low, high) and differentiate it as if round were not there, once "
@@ -141,8 +159,9 @@ def other_shapes_of_scale(answer, rng):
     for shape in ((), (1, 1), (1, 9), (5, 9)):
         x, scale, g = drawn(rng, 4, shape=shape)
         found[str(shape)] = trained(answer, x, scale, 4, g)
-    x, scale, g = drawn(rng, 4, rows=6, n=8)
+    x, scale, g = drawn(rng, 4, rows=6, n=8, dtype=torch.float64)
     batch = x.reshape(2, 3, 8), scale.reshape(2, 3, 1), 4, g.reshape(2, 3, 8)
+    x, scale, g = drawn(rng, 4, rows=6, n=8)
     found["transposed"] = trained(answer, x.T, scale.T, 4, g.T)
     one = drawn(rng, 4, shape=())
     found["no dimensions"] = trained(answer, one[0][0, 5], one[1], 4, one[2][0, 5])
@@ -168,10 +187,26 @@ def ties_and_edges(answer, rng):
     scale = torch.tensor([[0.5], [2.0], [0.25]])
     ratio = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, low, high, low - 0.5, high + 0.5, 1e6, -1e6, 0.0])
     found = {}
-    for power in (-100, 0, 90):
+    for power in (-118, 0, 90):
         loud = scale * 2.0**power
         found[f"times 2^{power}"] = trained(answer, ratio * loud, loud, bits, rng.normal(3, 13))
+    # Of three scales x / scale is the last code, x times the reciprocal of the scale is more.
+    drawn_scales = rng.uniform(0.05, 2.0, 1000, 1)
+    x = drawn_scales * high
+    beside = (x / drawn_scales == high) & (x * drawn_scales.reciprocal() > high)
+    scale = drawn_scales[beside][:3, None]
+    x = torch.cat([x[beside][:3, None], 1.3 * scale], dim=1)
+    found["last code"] = trained(answer, x, scale, bits, rng.uniform(1, 2, 3, 2))
     return found
+
+
+@case(fake_quantize)
+def infinities(answer, rng):
+    """Infinities in x, and values that are infinite over their scale, forward and backward."""
+    x, scale, g = drawn(rng, 4)
+    x[1, 1:3], x[3, 4:6] = torch.tensor([torch.inf, -torch.inf]), torch.tensor([3e38, -3e38])
+    scale[3] *= 1e-3
+    return trained(answer, x, scale, 4, g)
 
 
 @case(fake_quantize)
@@ -216,25 +251,20 @@ def refused(answer, rng):
     return {"NaN and infinities in x": answer.apply(x, scale, 4), **found}
 
 
-def bytes_in(value):
-    """Bytes of the tensors and arrays in a value, and in what it contains."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return sum(bytes_in(part) for part in value)
-    return getattr(value, "nbytes", 0)
-
-
 @cost(fake_quantize, share=1 / 6)
 def kept_for_backward(answer, rng):
-    """Bytes that stay between forward and backward."""
+    """Bytes that stay between forward and backward, and calls of what is switched off."""
     x, scale, g = drawn(rng, 4, rows=4, n=64)
     x.requires_grad_(), scale.requires_grad_()
-    with saved_bytes() as kept:
+    with TensorWork() as work, saved_bytes() as kept:
         y = answer.apply(x, scale, 4)
-    kept_bytes = kept.total_bytes + bytes_in(vars(y.grad_fn))
+    kept_bytes = kept.total_bytes + reachable_bytes(y.grad_fn)
     y.backward(g)
-    return {"observed": [x.grad, scale.grad], "bytes kept for backward": kept_bytes}
+    return {
+        "observed": [x.grad, scale.grad],
+        "bytes kept for backward": kept_bytes,
+        "calls of torch's fake quantizers": (sum(n for name, n in work.calls.items() if "fake_q" in name), 0),
+    }
 
 
 # ------------------------------------------------------------------------------------------- mistakes, alternatives
@@ -511,6 +541,30 @@ class KeepsRatio(Written):
         return y
 
 
+@mistake(
+    fake_quantize, "Masks x / scale by a product: 0 times infinity is NaN, and one infinity spoils a scale."
+)
+class MaskedByProduct(Written):
+    @staticmethod
+    def backward(ctx, gradient):
+        def reduced(parts, scale):
+            ratio = ctx.saved_tensors[0] / scale
+            slope = ratio.round().clamp(ctx.low, ctx.high) - within(ctx, ratio) * ratio
+            return (gradient * slope).sum_to_size(scale.shape)
+
+        return asked(ctx, gradients(ctx, gradient, reduced=reduced))
+
+
+@mistake(
+    fake_quantize,
+    "Multiplies by the reciprocal of the scale, which is rounded twice: values on the last code fall outside.",
+)
+class ByReciprocal(Written):
+    backward = with_gradients(
+        for_x=lambda ctx, ratio: within(ctx, ctx.saved_tensors[0] * ctx.saved_tensors[1].reciprocal())
+    )
+
+
 @mistake(fake_quantize, "Divides by scale + 1e-8: where scales are small, all codes are too low.")
 class EpsilonAdded(Written):
     @staticmethod
@@ -527,8 +581,12 @@ class ByAutograd(Written):
             part.detach().requires_grad_(needed)
             for part, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
         ]
-        with torch.enable_grad():
-            clipped = (saved[0] / saved[1]).clamp(ctx.low, ctx.high)
+        with torch.no_grad():
+            ratio = saved[0] / saved[1]
+            inside = within(ctx, ratio)
+        with torch.enable_grad():  # an infinity that a clamp cuts would have the gradient 0 * infinity
+            finite = torch.where(inside, saved[0], 0.0) / saved[1]
+            clipped = torch.where(inside, finite, ratio.clamp(ctx.low, ctx.high))
             y = saved[1] * (clipped + (clipped.round() - clipped).detach())
         found = iter(torch.autograd.grad(y, [part for part in saved if part.requires_grad], gradient))
         for_x, for_scale = (next(found) if part.requires_grad else None for part in saved)
@@ -553,8 +611,9 @@ class WithSetupContext(torch.autograd.Function):
     def backward(ctx, gradient):
         x, scale = ctx.saved_tensors
         ratio = x / scale
-        inside = ((ratio >= ctx.low) & (ratio <= ctx.high)).to(x.dtype)
-        parts = gradient * (torch.clamp(torch.round(ratio), ctx.low, ctx.high) - inside * ratio)
+        inside = (ratio >= ctx.low) & (ratio <= ctx.high)
+        code = torch.clamp(torch.round(ratio), ctx.low, ctx.high)
+        parts = gradient * (code - ratio.masked_fill(~inside, 0.0))
         dims = [d for d in range(x.dim()) if scale.dim() == 0 or scale.shape[d] == 1]
         summed = parts.sum(dim=dims, keepdim=True).reshape(scale.shape) if dims else parts
         return asked(ctx, [gradient * inside, summed * (scale.numel() / x.numel() / ctx.high) ** 0.5])

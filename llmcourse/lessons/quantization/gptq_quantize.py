@@ -193,14 +193,18 @@ def one_scale_a_row(answer, rng):
 
 @case(gptq_quantize)
 def groups_with_a_remainder(answer, rng):
-    """Correlated inputs that are not centred, of few channels and of many; in groups of 8, and some columns over."""
+    """Correlated inputs that are not centred, of few channels and of many, and after 300 quiet tokens; in groups of 8,
+    and some columns over.
+    """
     rows, channels, many = rng.integer(10, 14), rng.integer(26, 30), rng.integer(140, 143)
     weight, x = rng.normal(rows, channels), correlated(rng, 80, channels)
     wide, few = rng.normal(4, many), correlated(rng, 20, many)
+    late = torch.cat([0.01 * rng.normal(rng.integer(300, 340), channels), x])
     return {
         "little damping": answer(weight, x, bits=3, group_size=8, damping=1e-5),
         "much damping": answer(weight, x, bits=4, group_size=8, damping=rng.integer(20, 40)),
         "many channels": answer(wide, few, bits=3, group_size=8),
+        "loud tokens last": answer(weight, late, bits=3, group_size=8),
     }
 
 
@@ -302,6 +306,8 @@ def refusals(answer, rng):
         "another K": (weight, x[:, 1:], {}),
         "vectors": (weight[0], x[0], {}),
         "x of three axes": (weight, x[None], {}),
+        "weight of one axis": (weight[0], x, {}),
+        "weight of three axes": (weight[None], x, {}),
         "no rows": (weight[:0], x, {}),
         "no tokens": (weight, x[:0], {}),
         "no columns": (weight[:, :0], x[:, :0], {}),
@@ -315,7 +321,7 @@ def factorizations(answer, rng):
     """Factorizations, inverses and solutions of matrices, and the largest tensor; without act_order, then with."""
     rows, channels, tokens = 8, 12, 20
     weight, x = rng.normal(rows, channels), correlated(rng, tokens, channels)
-    words, counted, largest_bytes = ("cholesky", "linalg", "inverse", "solve", "lu_", "qr"), 0, 0
+    words, counted, largest_bytes = ("cholesky", "linalg", "inverse", "solve", "lu_", "geqrf"), 0, 0
     for act_order in (False, True):
         with ExitStack() as stack:
             numpys = [stack.enter_context(calls(numpy.linalg, name)) for name in NUMPYS]
@@ -613,6 +619,21 @@ def h_of_the_weights(*arguments, **options):
     return variant(hessian=lambda self, w, tokens: w.T @ w)(*arguments, **options)
 
 
+@mistake(gptq_quantize, "Makes H from the first 256 tokens only, to save time.")
+def first_tokens_only(*arguments, **options):
+    def hessian(self, w, tokens):
+        return tokens[:256].T @ tokens[:256]
+
+    return variant(hessian=hessian)(*arguments, **options)
+
+
+@mistake(gptq_quantize, "Looks at the last axis of weight alone: what has one axis or three is no layer.")
+def axes_of_weight_unchecked(weight, x, **options):
+    if x.dim() == 2 and weight.shape[-1] == x.shape[-1]:
+        weight = weight.reshape(-1, weight.shape[-1])
+    return variant()(weight, x, **options)
+
+
 @mistake(
     gptq_quantize,
     "Keeps H in bfloat16: with 8 bits of mantissa its small eigenvalues, which the inverse is made of, are noise.",
@@ -742,6 +763,21 @@ def factored_backwards(*arguments, **options):
     def rows(self, hessian):
         backwards = torch.linalg.cholesky(hessian.flip(0, 1)).flip(0, 1)
         return torch.linalg.solve_triangular(backwards, torch.eye(len(hessian)).double(), upper=True)
+
+    return variant(rows=rows)(*arguments, **options)
+
+
+@alternative(gptq_quantize, "Writes the factorization itself, and solves for the inverse triangle row by row")
+def factored_by_hand(*arguments, **options):
+    def rows(self, hessian):
+        backwards, lower = hessian.flip(0, 1), torch.zeros_like(hessian)
+        for j in range(len(hessian)):
+            column = backwards[j:, j] - lower[j:, :j] @ lower[j, :j]
+            lower[j:, j] = column / column[0].sqrt()
+        found = torch.eye(len(hessian), dtype=hessian.dtype)
+        for j in range(len(hessian)):
+            found[j] = (found[j] - lower[j, :j] @ found[:j]) / lower[j, j]
+        return found.flip(0, 1)
 
     return variant(rows=rows)(*arguments, **options)
 

@@ -44,12 +44,12 @@ def nf4_quantize(
     over q(p).
 
     Double quantization: the blocks' maxima are stored as 8-bit integers. offset float32
-    without dimensions is the mean of all maxima. Groups are runs of group_size blocks,
-    the last may be short. group scales float32 [groups]: the largest |maximum - offset|
-    of the group over 127, and 1 where that is 0. maxima int8 [blocks]: (maximum -
-    offset) / group scale, to nearest, ties to even. Codes of values are found with the
-    maxima before this rounding. (The library's 8-bit integers are not evenly spaced;
-    these are.)
+    without dimensions is the mean of all maxima, whose sum may be beyond float32.
+    Groups are runs of group_size blocks, the last may be short. group scales float32
+    [groups]: the largest |maximum - offset| of the group over 127, and 1 where that is
+    0. maxima int8 [blocks]: (maximum - offset) / group scale, to nearest, ties to even.
+    Codes of values are found with the maxima before this rounding. (The library's 8-bit
+    integers are not evenly spaced; these are.)
 
     ValueError for no values at all, and for NaN or infinity.
 
@@ -73,7 +73,7 @@ def nf4_quantize(
     codes = torch.bucketize(ratio, middles).to(torch.uint8).flatten()[: weight.numel()]
     low, high = runs(codes, 2).unbind(dim=1)
 
-    offset = maxima.mean()
+    offset = maxima.double().mean().float()
     groups = runs(maxima - offset, group_size)
     scales = groups.abs().amax(dim=1) / 127
     scales = torch.where(scales > 0, scales, 1.0)
@@ -102,7 +102,7 @@ def ratios(rng, blocks, size):
     levels = levels_of().float()
     code = rng.integers(0, 15, blocks, size)
     part = rng.uniform(-0.9, 0.9, blocks, size)
-    part = torch.where(rng.uniform(0, 1, blocks, size) < 0.5, 0.995 * part.sign(), part)
+    part = torch.where(rng.uniform(0, 1, blocks, size) < 0.5, 0.9999 * part.sign(), part)
     towards = (code + part.sign().long()).clamp(0, 15)
     found = levels[code] + part.abs() / 2 * (levels[towards] - levels[code])
     found[torch.arange(blocks), rng.integers(0, size - 1, blocks)] = (
@@ -219,9 +219,9 @@ def other_shapes_and_strides(answer, rng):
     found["four dimensions"] = weight.reshape(2, 6, 2, block)
     found["Parameter"] = torch.nn.Parameter(weight)
     results = {name: answer(part, block_size=block, group_size=6) for name, part in found.items()}
-    few = planted(rng, 4, 64, [4], 64).abs()
-    for power in (-110, 124):
-        results[f"times 2^{power}"] = answer(few * 2.0**power, block_size=64, group_size=4)
+    few = planted(rng, 16, 16, [16], 16).abs()  # and times 2^126 the sum of their maxima is beyond float32
+    for power in (-110, 126):
+        results[f"times 2^{power}"] = answer(few * 2.0**power, block_size=16, group_size=16)
     return {**results, "require grad": [part.requires_grad for part in results["Parameter"]]}
 
 
@@ -272,7 +272,7 @@ def pairs(codes):
 
 def of_the_maxima(maxima, group_size):
     """(int8 maxima, group scales, offset)."""
-    offset = maxima.mean()
+    offset = maxima.double().mean().float()
     groups = padded(maxima - offset, group_size)
     scales = in_scales(groups)
     return in_int8(groups, scales)[: len(maxima)], scales, offset
@@ -354,6 +354,13 @@ def sides_swapped(weight, *, block_size=64, group_size=256):
 )
 def other_first_quantile(weight, *, block_size=64, group_size=256):
     return written(weight, block_size, group_size, levels=levels_of(p=1 - 1 / 32))
+
+
+@mistake(
+    nf4_quantize, "Copies the levels with 4 digits: values between two of them get the code of the other."
+)
+def four_digits(weight, *, block_size=64, group_size=256):
+    return written(weight, block_size, group_size, levels=levels_of().mul(1e4).round() / 1e4)
 
 
 @mistake(nf4_quantize, "Spaces the levels evenly: that is int4, and most codes go to values that are rare.")
@@ -480,6 +487,19 @@ def mean_not_subtracted(weight, *, block_size=64, group_size=256):
         groups = padded(maxima, group_size)
         scales = in_scales(groups)
         return in_int8(groups, scales)[: len(maxima)], scales, torch.zeros(())
+
+    return written(weight, block_size, group_size, of_the_maxima=steps)
+
+
+@mistake(
+    nf4_quantize, "Adds the maxima up in float32: the sum of loud ones is infinite, though their mean is not."
+)
+def mean_in_float32(weight, *, block_size=64, group_size=256):
+    def steps(maxima, group_size):
+        offset = maxima.mean()
+        groups = padded(maxima - offset, group_size)
+        scales = in_scales(groups)
+        return in_int8(groups, scales)[: len(maxima)], scales, offset
 
     return written(weight, block_size, group_size, of_the_maxima=steps)
 
@@ -647,6 +667,15 @@ def by_distance(weight, *, block_size=64, group_size=256):
         return (ratio[..., None] - levels.float()).abs().argmin(dim=-1)
 
     return written(weight, block_size, group_size, codes=codes)
+
+
+@alternative(nf4_quantize, "Copies the 16 levels from the authors' library, with all their digits")
+def by_table(weight, *, block_size=64, group_size=256):
+    negative = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+    middle = [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+    positive = [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941]
+    levels = torch.tensor([*negative, *middle, *positive, 0.7229568362236023, 1.0])
+    return written(weight, block_size, group_size, levels=levels)
 
 
 @alternative(nf4_quantize, "Walks block by block, and never pads one")

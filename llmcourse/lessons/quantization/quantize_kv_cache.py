@@ -39,10 +39,11 @@ def quantize_kv_cache(
 
     cache: None at first, then what an earlier call returned; keys, values [H, T, D], T
     >= 1 new tokens of H heads, as attention will use them, each in a float dtype of at
-    most 32 bits, of any strides and magnitude (subnormals aside). Arguments are not
-    changed: two continuations can share one cache. Keys and values may require grad,
-    what is returned does not. Returns, for all n tokens so far, in order, what was
-    appended in one call or in many:
+    most 32 bits, the same in all calls, of any strides and magnitude (subnormals and
+    groups that span more than float32 holds aside). Arguments are not changed: two
+    continuations can share one cache; nor is the cache when keys or values are written
+    over later. Keys and values may require grad, what is returned does not. Returns,
+    for all n tokens so far, in order, what was appended in one call or in many:
 
         key_codes    uint8 [H, a, D]               value_codes    uint8 [H, b, D]
         key_scales   float32 [H, a/group_size, D]  value_scales   float32 [H, b]
@@ -220,6 +221,19 @@ def two_continuations(answer, rng):
 
 
 @case(quantize_kv_cache)
+def keys_and_values_change_afterwards(answer, rng):
+    """A prompt that fits into the window, whose keys and values the caller then writes over; one head, and more."""
+    options = {"bits": 4, "group_size": 4, "window": 8}
+    found = {}
+    for heads in (1, 3):
+        prompt = keys_and_values(rng, rng.integer(2, 8), heads=heads, channels=8)
+        found[f"{heads} heads"] = answer(None, *prompt, **options)
+        for part in prompt:
+            part.zero_()
+    return found
+
+
+@case(quantize_kv_cache)
 def bfloat16_and_views(answer, rng):
     """Keys and values in bfloat16, float16, and one of each, which require grad; cut out of one projection."""
     options = {"bits": 4, "group_size": 4, "window": rng.integer(3, 6)}
@@ -251,7 +265,7 @@ def flat_and_halfway(answer, rng):
     values = keys[:, :8].transpose(1, 2).repeat(1, 2, 1).contiguous()
     values[:, rng.integer(0, 7)] = rng.choice([0.0, 5.0, -0.5])
     # Keys in the upper half of float32's range: their sum and their squares are infinite, their spans are not.
-    given = {"as they are": (keys, values), "quiet": (keys * 2.0**-110, values * 2.0**-110)}
+    given = {"as they are": (keys, values), "quiet": (keys * 2.0**-118, values * 2.0**-118)}
     loud = 2.0 ** (126 - math.frexp(max(keys.abs().max().item(), values.abs().max().item()))[1])
     given["loud"] = keys.abs() * loud, values.abs() * loud
     return {name: answer(None, *parts, bits=bits, group_size=8, window=0) for name, parts in given.items()}
@@ -270,6 +284,9 @@ def refused_inputs(answer, rng):
             bad.view(-1)[place : place + len(value)] = torch.tensor(value)
             broken[f"keys {value} at {place}"] = (None, bad, values)
             broken[f"values {value} at {place}"] = (None, values, bad)
+    for dtype in (torch.bfloat16, torch.float16):
+        broken[f"keys in {dtype}"] = (None, bad.to(dtype), values.to(dtype))
+        broken[f"values in {dtype}"] = (None, values.to(dtype), bad.to(dtype))
     cache = answer(None, keys, values, **options)
     given = {
         **broken,
@@ -296,14 +313,20 @@ def refused_inputs(answer, rng):
 
 @cost(quantize_kv_cache, share=1 / 6)
 def nothing_kept_beside(answer, rng):
-    """A prompt cut out of a longer tensor, then some tokens one by one: the storages that the cache keeps alive."""
+    """A prompt cut out of a longer tensor, then some tokens one by one, of several heads and of one: the storages that
+    the caches keep alive.
+    """
     options = {"bits": 4, "group_size": 8, "window": 6}
     keys, values = keys_and_values(rng, 80)
-    cache = appended(answer, keys[:, :62], values[:, :62], [59, 1, 1, 1], **options)
-    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in cache.values()}
+    caches = [
+        appended(answer, keys[:heads, :62], values[:heads, :62], [59, 1, 1, 1], **options)
+        for heads in (len(keys), 1)
+    ]
+    parts = [part for cache in caches for part in cache.values()]
+    storages = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in parts}
     return {
-        "observed": cache,
-        "bytes of storage": (sum(storages.values()), sum(part.nbytes for part in cache.values())),
+        "observed": caches,
+        "bytes of storage": (sum(storages.values()), sum(part.nbytes for part in parts)),
     }
 
 
@@ -779,6 +802,34 @@ def recent_in_float32(cache, keys, values, **options):
 )
 def recent_is_a_view(*arguments, **options):
     return variant(kept=lambda self, recent, leaving: recent[:, leaving:])(*arguments, **options)
+
+
+@mistake(
+    quantize_kv_cache,
+    "Calls contiguous() to copy the recent tokens: a slice of a single head is contiguous already, and stays a view.",
+)
+def recent_is_contiguous(*arguments, **options):
+    return variant(kept=lambda self, recent, leaving: recent[:, leaving:].contiguous())(*arguments, **options)
+
+
+@mistake(
+    quantize_kv_cache,
+    "Keeps the caller's own tensors while nothing leaves the window: who writes over them writes over the cache.",
+)
+def prompt_not_copied(*arguments, **options):
+    def kept(self, recent, leaving):
+        return recent[:, leaving:].clone() if leaving else recent
+
+    return variant(kept=kept)(*arguments, **options)
+
+
+@mistake(quantize_kv_cache, "Looks for NaN and Inf in float32 only.")
+def narrow_values_let_through(*arguments, **options):
+    def refuse_values(self, keys, values):
+        if keys.dtype == torch.float32:
+            Cache.refuse_values(self, keys, values)
+
+    return variant(refuse_values=refuse_values)(*arguments, **options)
 
 
 @mistake(
