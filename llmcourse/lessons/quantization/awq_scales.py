@@ -17,7 +17,7 @@ Searched = tuple[Tensor, Tensor, Tensor]
 
 @exercise(
     points=4,
-    minutes=12,
+    minutes=20,
     extension=True,
     hints=(
         "An enlarged column is rounded more finely for its size, and the others in its group more coarsely. How far "
@@ -52,8 +52,9 @@ def awq_scales(
     float32 [N, ceil(K / group_size)]) of that alpha.
 
     Costs (a sixth of the points): the FLOPs of steps + 2 products of x with a matrix [K,
-    N]. Elementwise products are not among these; so all tensors made for an alpha may
-    together take no more memory than T / 2 float64 matrices [N, K].
+    N]. Elementwise products are not among these; so all tensors made for one alpha may
+    together take no more memory than T / 2 float64 matrices [N, K]: do not make one for
+    each token.
 
     ValueError for bits outside 2..8, group_size or steps below 1, a weight or x that is
     not a matrix, that is empty or holds NaN or infinity, or when their K differ.

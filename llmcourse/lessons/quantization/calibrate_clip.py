@@ -55,16 +55,16 @@ def calibrate_clip(batches: Sequence[Tensor], weight: Tensor, *, bits: int, step
     The layer's output is x @ weight.T, weight [N, K]. batches hold calibration inputs
     [tokens, K], with different numbers of tokens; every token counts alike. All are of
     any floating dtype of at most 32 bits, any strides, and any magnitude at which
-    float32 holds the output: reckon in float32, squares and their sum in float64. They
-    may require grad; the result does not.
+    float32 holds the output: calculate in float32, squares and their sum in float64.
+    They may require grad; the result does not.
 
     With a clip c, top = 2**(bits - 1) - 1 and scale = c / top, an input x becomes code
     * scale, where code = x / scale, rounded to nearest, ties to even, and clamped to
     -top .. top. The weight stays as it is. A clip's error is the sum, over all tokens
     of all batches and all outputs, of the squared change of the output.
 
-    Candidates are largest * i / steps for i = 1 .. steps, where largest is the largest
-    magnitude in all batches. Returns the candidate with the least error, the largest of
+    Candidates are largest * i / steps for i = 1 .. steps, in float32, where largest is
+    the largest magnitude in all batches. Returns the candidate with the least error, the largest of
     equally good ones: 0-dim, float32.
 
     ValueError, with what came: bits outside 2..8, steps below 1, no batches, a weight

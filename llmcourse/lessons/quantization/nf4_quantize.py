@@ -36,12 +36,11 @@ def nf4_quantize(
     nearest to the value over its block's maximum (the largest magnitude in it); no
     value given lies half way. In a block of zeros every code is that of level 0.
 
-    Levels (Dettmers et al. 2023, QLoRA; as the authors' library has them), ascending,
-    code 0 the lowest: with q the inverse of the standard normal's distribution function
-    (torch.special.ndtri) and p = 0.9677083, 8 positive ones, q at p and at 7 further
-    places evenly spaced from p to 1/2, where 1/2 would be the next; 0; 7 negative ones,
-    -q at p and at 6 further places evenly spaced from p to 1/2 in the same way; all
-    over q(p).
+    Sixteen levels, ascending, code 0 the lowest: 7 negative, 0, 8 positive (Dettmers et
+    al. 2023, QLoRA; as the authors' library has them). With q the inverse of the
+    standard normal's distribution function (torch.special.ndtri) and p = 0.9677083 the
+    positive ones are q at linspace(p, 1/2, 9) without its last place, the negative ones
+    -q at linspace(p, 1/2, 8) without its last place; all over q(p).
 
     Double quantization: the blocks' maxima are stored as 8-bit integers. offset float32
     without dimensions is the mean of all maxima, whose sum may be beyond float32.
