@@ -219,3 +219,21 @@ def test_an_answer_that_is_wrong_somewhere_loses_points(name: str, seed: int) ->
 
 def test_the_answer_that_these_are_made_of_is_right(seed: int) -> None:
     assert points_of(found.reference, seed) == found.points
+
+
+def test_what_torch_s_observer_computes_earns_nothing(seed: int) -> None:
+    observers = pytest.importorskip("torch.ao.quantization.observer")
+
+    def affine(x: Tensor, bits: int, *, symmetric: bool, signed: bool) -> tuple[Tensor, Tensor]:
+        if symmetric:
+            return Fitting().fit(x, bits, symmetric=symmetric, signed=signed)
+        lowest = -(2 ** (bits - 1)) if signed else 0
+        observer = observers.MinMaxObserver(
+            dtype=torch.qint32, quant_min=lowest, quant_max=lowest + 2**bits - 1, eps=1e-45
+        )
+        observer(x)
+        scale, zero_point = observer.calculate_qparams()
+        return scale.reshape(()), zero_point.int().reshape(())
+
+    assert int(affine(torch.tensor([-1.0, 1.55]), 8, symmetric=False, signed=False)[1]) == 100
+    assert points_of(affine, seed) == 0

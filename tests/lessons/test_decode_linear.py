@@ -196,7 +196,30 @@ def float_copy_from(fewest: int) -> Callable[[Tensor], object]:
     return variant(product=product)
 
 
+def float_copy_in_numpy(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    run = Quantizer(weight)
+    kept = (run.codes.float() * run.scales[:, None]).numpy().copy()
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) == 1:
+            return run(x)
+        return torch.from_numpy(x.detach().float().numpy() @ kept.T).bfloat16()
+
+    return product
+
+
+def zeros_from(fewest: int) -> Callable[[Tensor], object]:
+    def product(self: Quantizer, x: Tensor) -> Tensor:
+        return Quantizer.product(self, x) if len(x) < fewest else x.new_zeros(len(x), len(self.codes))
+
+    return variant(product=product)
+
+
 ATTACKS = {
+    "float copy in numpy": float_copy_in_numpy,
+    "zeros from 20 tokens": zeros_from(20),
+    "zeros from 33 tokens": zeros_from(33),
+    "zeros from 129 tokens": zeros_from(129),
     **{f"floor {smallest:g}": floor_of(smallest) for smallest in (1e-8, 1e-11, 1e-20, 1e-30, 1e-36)},
     "infinite sum": refusing(lambda weight: weight.sum().isinf()),
     "sum without a value": refusing(lambda weight: weight.sum().isnan()),

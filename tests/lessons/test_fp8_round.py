@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,3 +184,27 @@ def test_a_dtype_that_is_looked_at_only_later_is_not_right(spared: str, seed: in
 
 def test_a_right_answer_earns_all_points(seed: int) -> None:
     assert points_of(written, seed) == found.points
+
+
+def test_numpy_s_cast_earns_nothing(seed: int) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+
+    def answer(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise ValueError("dtype")
+        narrow = x.clamp(-448.0, 448.0).numpy().astype(ml_dtypes.float8_e4m3fn)
+        return torch.from_numpy(narrow.astype("float32"))
+
+    assert torch.equal(answer(torch.tensor([3.3, -500.0])), torch.tensor([3.25, -448.0]))
+    assert points_of(answer, seed) == 0
+
+
+def test_a_cast_on_another_thread_earns_nothing(seed: int) -> None:
+    def answer(x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise ValueError("dtype")
+        with ThreadPoolExecutor(1) as pool:
+            cast = pool.submit(lambda: x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).float())
+        return cast.result()
+
+    assert points_of(answer, seed) == 0

@@ -133,6 +133,20 @@ def test_narrow_activations_are_widened_before_anything_else(seed: int, dtype: t
     assert torch.equal(found, int8_linear(narrow.float(), codes, scales, bias))
 
 
+def test_a_product_of_scales_that_is_subnormal_costs_no_bits() -> None:
+    x = torch.tensor([[127.0, 126.0]]) * 2.0**-126
+    y = int8_linear(x, torch.tensor([[127, 127]], dtype=torch.int8), torch.tensor([1e-3]))
+    exact = 127 * (127 + 126) * Fraction(2) ** -126 * Fraction(torch.tensor(1e-3).item())
+    assert abs(Fraction(y.item()) / exact - 1) <= 2 * EPS
+
+
+def test_a_loud_token_whose_sum_times_its_scale_is_beyond_float32_gives_what_float32_holds() -> None:
+    y = int8_linear(
+        torch.tensor([[3e38, 1e38]]), torch.tensor([[127, -128]], dtype=torch.int8), torch.tensor([1e-3])
+    )
+    assert y.item() == pytest.approx((127 * 127 - 42 * 128) * 3e38 / 127 * 1e-3, rel=1e-5)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_broken_activations_are_refused(bad: float) -> None:
     x, codes, scales, _ = some_layer(0, 3, 4, 5)
@@ -154,7 +168,9 @@ def test_broken_activations_are_refused(bad: float) -> None:
         (lambda x, w, s, b: (x[:0], w, s, b), "expected values"),
         (lambda x, w, s, b: (x[:, :0], w[:, :0], s, b), "expected values"),
         (lambda x, w, s, b: (x, w[:0], s[:0], b[:0]), "expected values"),
-        (lambda x, w, s, b: (x, w[0], s, b), "values to unpack"),
+        (lambda x, w, s, b: (x[0, 0], w, s, b), "do not fit codes"),
+        (lambda x, w, s, b: (x, w[0], s, b), "do not fit codes"),
+        (lambda x, w, s, b: (x, w[..., None], s, b), "do not fit codes"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(cut, message: str) -> None:
@@ -207,8 +223,13 @@ def batches_flattened(x: Tensor, *arguments: Any) -> Tensor:
     return variant()(x.flatten(0, -2), *arguments).unflatten(0, x.shape[:-1])
 
 
+def a_small_product_for_show(self: Layer, token_codes: Tensor, codes: Tensor) -> Tensor:
+    torch._int_mm(token_codes[:1, :2], codes[:1, :2].T)
+    return torch.stack([(codes.short() * token).sum(dim=1) for token in token_codes])
+
+
 ATTACKS = {
-    **{f"floor {smallest:g}": floor_of(smallest) for smallest in (1e-8, 1e-11, 1e-20, 1e-30, 1e-37)},
+    **{f"floor {smallest:g}": floor_of(smallest) for smallest in (1e-8, 1e-11, 1e-20, 1e-30, 1e-37, 2.3e-38)},
     "infinite sum": refusing(lambda x: x.sum().isinf()),
     "sum without a value": refusing(lambda x: x.sum().isnan()),
     "sum": refusing(lambda x: ~x.sum().isfinite()),
@@ -227,6 +248,9 @@ ATTACKS = {
     "floats for a token": integers_where(lambda x, codes: len(x) > 1),
     "floats for few tokens": integers_where(lambda x, codes: len(x) > 16),
     "floats for many tokens": integers_where(lambda x, codes: len(x) <= 16),
+    "floats for very many tokens": integers_where(lambda x, codes: len(x) < 18),
+    "floats for many inputs": integers_where(lambda x, codes: x.shape[1] < 1000),
+    "a small product for show": variant(product=a_small_product_for_show),
     **{
         f"{name} of {of}": looking_at(size, of=of)
         for of in ("scales", "bias")

@@ -239,3 +239,40 @@ def test_answers_that_are_wrong_at_an_end_do_not_earn_all_points(name: str, seed
     found, runner = exercise.of(quantize_groups), judging.InProcess()
     expected = judging.expectations(runner, found, seed)
     assert judging.judge(runner, found, WRONG[name], seed, expected, naming=False).points < found.points
+
+
+def codes_of(quantized: Callable[[Tensor, Tensor], Tensor]) -> Answer:
+    """Codes as another function gives them, from groups as rows and their scales."""
+
+    def limited(self: lesson.Grouping, steps: Tensor, bits: int) -> Tensor:
+        rows = steps.flatten(0, 1)
+        return quantized(rows, torch.ones(len(rows))).view(steps.shape)
+
+    return lesson.variant(limited=limited, rounded=lambda self, steps: steps)
+
+
+LIBRARY: dict[str, Answer] = {
+    "quantize_per_channel": codes_of(
+        lambda rows, ones: torch.quantize_per_channel(rows, ones, ones.long() * 0, 0, torch.qint8).int_repr()
+    ),
+    "fake_quantize": codes_of(
+        lambda rows, ones: torch.fake_quantize_per_channel_affine(rows, ones, ones.int() * 0, 0, -128, 127)
+    ),
+    "fake_quantize of aten": codes_of(
+        lambda rows, ones: torch.ops.aten.fake_quantize_per_channel_affine_cachemask(
+            rows, ones, ones.int() * 0, 0, -128, 127
+        )[0]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", LIBRARY)
+def test_what_the_library_quantizes_earns_nothing(name: str, seed: int) -> None:
+    found, runner = exercise.of(quantize_groups), judging.InProcess()
+    weight = torch.tensor([[1.0, -2.5, 3.0]])
+    assert torch.equal(
+        LIBRARY[name](weight, bits=3, group_size=3)[0], quantize_groups(weight, bits=3, group_size=3)[0]
+    )
+    expected = judging.expectations(runner, found, seed)
+    assert judging.judge(runner, found, LIBRARY[name], seed, expected, naming=False).points == 0

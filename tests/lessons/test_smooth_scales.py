@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmcourse import judging
 from llmcourse.exercise import find
-from llmcourse.lessons.quantization.smooth_scales import variant
+from llmcourse.lessons.quantization.smooth_scales import Smoothing, variant
 
 found = find("smooth_scales")
 smooth_scales = found.reference
@@ -315,6 +315,37 @@ def test_a_slightly_negative_alpha_let_through_is_not_right(seed: int) -> None:
             raise ValueError("alpha")
 
     assert points_of(variant(refuse_alpha=refuse_alpha), seed) < found.points
+
+
+@pytest.mark.parametrize("alpha", [-1e-9, 1 + 1e-9])
+def test_an_alpha_just_outside_is_refused(alpha: float) -> None:
+    with pytest.raises(ValueError, match="alpha"):
+        found.reference(torch.ones(2), [torch.ones(3, 2)], torch.ones(2), alpha=alpha)
+
+
+def test_two_small_ranges_are_not_taken_for_zeros() -> None:
+    tiny = torch.full((1,), 1e-25)
+    norm, _ = found.reference(torch.ones(1), [tiny[None]], tiny, alpha=0.3)
+    assert norm.item() == pytest.approx(1e-10, rel=1e-4)
+
+
+@pytest.mark.parametrize("smallest, largest", [(1e-36, torch.inf), (0.0, 1e36)])
+def test_a_bound_of_s_is_not_right(smallest: float, largest: float, seed: int) -> None:
+    def guarded(self: Any, scales: Tensor, x_max: Tensor, w_max: Tensor) -> Tensor:
+        return Smoothing.guarded(self, scales.clamp(smallest, largest), x_max, w_max)
+
+    assert points_of(variant(guarded=guarded), seed) < found.points
+
+
+def test_weights_from_the_fourth_on_left_alone_are_not_right(seed: int) -> None:
+    def folded(
+        self: Any, norm_weight: Tensor, weights: list[Tensor], scales: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        return norm_weight / scales, [
+            part * scales if place < 3 else part.clone() for place, part in enumerate(weights)
+        ]
+
+    assert points_of(variant(folded=folded), seed) < found.points
 
 
 def test_small_negative_maxima_let_through_are_not_right(seed: int) -> None:

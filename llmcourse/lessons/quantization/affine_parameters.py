@@ -13,10 +13,17 @@ from torch import Tensor
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import Rng, alternative, case, cost, excuse, exercise, mistake, raised
 
+PARAMETER_FINDERS = ("_choose_qparams_per_tensor", "choose_qparams_optimized", "quantize_per_tensor_dynamic")
+
 
 @exercise(
     points=3,
     minutes=8,
+    forbid=(
+        "torch.ao.quantization.observer.UniformQuantizationObserverBase",
+        "torch.ao.quantization.utils.determine_qparams",
+        *(f"{place}.{name}" for place in ("torch", "torch.ops.aten") for name in PARAMETER_FINDERS),
+    ),
     hints=(
         "All you need of x are its two ends. Padding, masks and ReLU put exact zeros into tensors, so 0 has to be "
         "inside the range that is mapped, also where no value of x is near it.",
@@ -172,16 +179,18 @@ def one_loud_value(answer, rng):
     low, high = sorted((0.04 * rng.integer(1, 3), quiet.abs().max().item()))
     wide = rng.normal(9, 8) + 50
     wide[::2, 1::3] = between(rng, -low, high, 5, 3)
-    exact = rng.choice([(-5.25, 9.75), (-3.75, 11.25), (-9.75, 5.25)])  # 15 steps, exact in 8 bits
+    exact = rng.choice([(-5.25, 9.75), (-3.75, 11.25), (-9.75, 5.25)])  # ends that every dtype holds
     narrow = between(rng, *(2.0 ** rng.integer(-3, 3) * end for end in exact), 24)
+    small = between(rng, *(2.0**-17 * end for end in exact), 24)  # about 1e-4
     view = wide[::2, 1::3].T.requires_grad_()
     scales = [scale for scale, _ in every_kind(answer, view, rng.integer(4, 8)).values()]
     return {
         "loud": [answer(quiet, 8, symmetric=True, signed=signed) for signed in (True, False)],
         "view": scales,
         "require grad": [scale.requires_grad for scale in scales],
-        "bfloat16": every_kind(answer, narrow.bfloat16(), 4),
-        "float16": every_kind(answer, narrow.half(), 4),
+        "bfloat16": every_kind(answer, narrow.bfloat16(), 8),
+        "float16": every_kind(answer, narrow.half(), 8),
+        "small float16": every_kind(answer, small.half(), 8),
     }
 
 
@@ -213,10 +222,12 @@ def refusals(answer, rng):
     x = over_zero(rng, bits, 3, 7)
     bad = {"both infinities": x.clone()}
     bad["both infinities"][1, 2:4] = torch.tensor([math.inf, -math.inf])
-    for value in (math.nan, math.inf, -math.inf):
-        for place in (0, 10, 20):
-            bad[f"{value} at {place}"] = x.clone()
-            bad[f"{value} at {place}"].view(-1)[place] = value
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for value in (math.nan, math.inf, -math.inf):
+            for place in (0, 10, 20):
+                broken = x.to(dtype, copy=True)
+                broken.view(-1)[place] = value
+                bad[f"{value} at {place}, {dtype}"] = broken
     shape = rng.choice([(0,), (0, 4), (3, 0)])
     found = {"as it should be": every_kind(answer, x, bits)}
     for symmetric, signed in KINDS:
@@ -231,10 +242,11 @@ def refusals(answer, rng):
 
 @cost(affine_parameters, share=1 / 6)
 def no_copy_of_x(answer, rng):
-    """A large tensor, symmetric and not: the largest tensor that is allocated."""
-    x = over_zero(rng, 8, 32, 64)
+    """Large tensors in float32, bfloat16 and float16: the largest tensor that is allocated."""
+    x = between(rng, -5.25, 9.75, 32, 64)
+    several = [x, x.bfloat16(), x.half()]
     with TensorWork() as work:
-        found = every_kind(answer, x, 8)
+        found = [every_kind(answer, given, 8) for given in several]
     return {"observed": found, "largest tensor, bytes": (work.largest_tensor_bytes, x.numel())}
 
 
@@ -529,6 +541,18 @@ def finite_by_the_sum(x, bits, **kind):
     return variant()(x, bits, **kind)
 
 
+@mistake(
+    affine_parameters,
+    "Looks for NaN and infinities in float32 only: float16 overflows at 65,504, far sooner.",
+)
+def narrow_values_unchecked(x, bits, **kind):
+    def check_ends(self, low, high):
+        if x.dtype == torch.float32:
+            Fitting.check_ends(self, low, high)
+
+    return variant(check_ends=check_ends)(x, bits, **kind)
+
+
 @mistake(affine_parameters, "Returns a scale that requires grad where x does, and keeps its graph.")
 def graph_kept(x, bits, **kind):
     scale, zero_point = variant()(x, bits, **kind)
@@ -551,6 +575,34 @@ def empty_left_to_torch(x, bits, **kind):
 @mistake(affine_parameters, "Returns the scale in the dtype of x: 8 bits of it, where x is bfloat16.")
 def scale_as_narrow_as_x(x, bits, **kind):
     return variant(scale_dtype=x.dtype)(x, bits, **kind)
+
+
+@mistake(
+    affine_parameters,
+    "Computes the scale in the dtype of x: rounded to 11 or 8 bits, it no longer reaches both ends.",
+)
+def scale_rounded_to_the_dtype_of_x(x, bits, **kind):
+    def usable(self, scale, low, high):
+        return Fitting.usable(self, torch.tensor(scale).to(x.dtype).item(), low, high)
+
+    return variant(usable=usable)(x, bits, **kind)
+
+
+@mistake(
+    affine_parameters,
+    "Replaces scales below the smallest normal number of x's dtype: in float16 that is 6e-5, and values of an "
+    "ordinary size become zeros.",
+)
+def floor_of_the_dtype_of_x(x, bits, **kind):
+    return variant(smallest=torch.finfo(x.dtype).tiny)(x, bits, **kind)
+
+
+@mistake(
+    affine_parameters,
+    "Brings x to contiguous float32 first: what is neither is copied, at four bytes a value.",
+)
+def made_contiguous_float32(x, bits, **kind):
+    return variant()(x.detach().float().contiguous(), bits, **kind)
 
 
 @mistake(

@@ -11,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmcourse.counting import reachable_bytes
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, race, raised
 
 
@@ -37,8 +38,8 @@ def decode_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
     Returns run, and run(x), x [M, K] bfloat16 with M >= 1, returns y [M, N] bfloat16,
     where y[m, n] is scale[n] times the sum over k of codes[n, k] * x[m, k]. x is not
     quantized. The sum is in float32 or wider and is rounded to bfloat16 at the end; for
-    the product the scales may be rounded to bfloat16 as well. Neither weight nor x need
-    be contiguous. weight may be an nn.Parameter; y never requires a gradient.
+    the product, not for the codes, the scales may be rounded to bfloat16 too. Neither
+    weight nor x need be contiguous. Both may require a gradient; y never does.
 
     The float weight is not kept: what its owner does to it after the call changes
     nothing, and several layers live side by side. ValueError from decode_linear when
@@ -71,7 +72,7 @@ def decode_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
     def run(x: Tensor) -> Tensor:
         # A copy even of a contiguous view: the kernel ends the process where x is not at a multiple of 32 bytes.
-        x = x.clone(memory_format=torch.contiguous_format)
+        x = x.detach().clone(memory_format=torch.contiguous_format)
         return torch.ops.aten._weight_int8pack_mm(x, codes, narrow)
 
     return run
@@ -108,7 +109,7 @@ def tokens(rng, count, inputs):
 
 @case(decode_linear)
 def one_token_and_several(answer, rng):
-    """Normal weights, more outputs than inputs, fewer, and one; one token, then several at once."""
+    """Normal weights, more outputs than inputs, fewer, and one; one token, several at once, and a long prompt."""
     wide, narrow = rng.integer(33, 40), rng.integer(5, 15)
     inputs, count = 16 * rng.integer(1, 2), rng.integer(3, 6)
     run, other = answer(a_layer(rng, wide, inputs)), answer(a_layer(rng, narrow, 3 * inputs))
@@ -117,6 +118,8 @@ def one_token_and_several(answer, rng):
     return {
         "one": run(tokens(rng, 1, inputs)),
         "several": run(tokens(rng, count, inputs)),
+        "twenty": run(tokens(rng, 20, inputs)),
+        "a prompt": run(tokens(rng, rng.integer(130, 150), inputs)),
         "one, fewer outputs": other(tokens(rng, 1, 3 * inputs)),
         "several, fewer outputs": other(tokens(rng, count, 3 * inputs)),
         "one, one output": single(tokens(rng, 1, inputs).abs()),
@@ -144,14 +147,26 @@ def values_between_two_codes(answer, rng):
 
 
 @case(decode_linear)
+def scales_that_bfloat16_does_not_hold(answer, rng):
+    """Scales of 1.003 times a power of two; weights that their rounding to bfloat16 would move past a half."""
+    inputs, outputs = 16, rng.integer(5, 9)
+    steps = torch.tensor([127.0, *(step + 0.497 for step in range(1, inputs))])  # 1.5 / 1.003 is 1.4955
+    signs = 1 - 2 * rng.integers(0, 1, outputs, inputs)
+    run = answer(steps * signs * 1.003 * 2.0 ** rng.integers(-8, 2, outputs, 1))
+    single = torch.eye(inputs, dtype=torch.bfloat16)
+    return [run(single[place : place + 1]) for place in range(1, inputs)]
+
+
+@case(decode_linear)
 def loud_quiet_and_silent_rows(answer, rng):
-    """A square weight with rows 2^123 times as loud, rows of a 2^118th and rows of zeros."""
+    """A square weight with rows 2^123 times as loud, rows of a 2^118th and rows of zeros or next to them."""
     size = 32
     weight, x = a_layer(rng, size, size), tokens(rng, rng.integer(2, 4), size)
     order = torch.tensor(rng.shuffled(range(size)))
     weight[order[:4]] = weight[order[:4]].abs() * 2.0**123  # finite, and its sum is not
     weight[order[4:8]] *= 2.0**-118
-    weight[order[8:11]] = 0
+    weight[order[8:10]] = 0
+    weight[order[10]] *= 1e-44  # not zero, and its scale is
     run = answer(weight)
     y = run(x)
     return {
@@ -226,11 +241,14 @@ def views_of_a_weight(answer, rng):
 
 @case(decode_linear)
 def views_of_tokens(answer, rng):
-    """Tokens that are transposed, strided, or one token seen several times."""
+    """Tokens that are transposed, strided, or one token seen several times; tokens that require a gradient."""
     outputs, inputs, count = rng.integer(9, 15), 32, rng.integer(3, 5)
     run, x = answer(a_layer(rng, outputs, inputs)), tokens(rng, count, inputs)
     spread = torch.stack([x, -x], dim=2).flatten(1)
+    traced = run(x.clone().requires_grad_())
     return {
+        "x requires a gradient": traced.detach(),
+        "and y does": traced.requires_grad,
         "transposed": run(x.T.contiguous().T),
         "strided": run(spread[:, ::2]),
         "one strided": run(spread[:1, ::2]),
@@ -304,14 +322,15 @@ def memory_of_a_layer(answer, rng):
         for _ in range(2):
             run(tokens(rng, 1, inputs))
         del weight
-        kept_bytes = storages.kept_bytes()
-        for count in (2, 3, 20, 1):
+        kept_bytes = max(storages.kept_bytes(), reachable_bytes(run))
+        for count in (2, 3, 20, 70, 1):
             run(tokens(rng, count, inputs))
+        kept_later_bytes = max(storages.kept_bytes(), reachable_bytes(run))
     at_most = outputs * inputs + 4 * outputs
     return {
         "observed": run(tokens(rng, 1, inputs)),
         "kept, bytes": (kept_bytes, at_most),
-        "kept after several tokens at once, bytes": (storages.kept_bytes(), at_most),
+        "kept after several tokens at once, bytes": (kept_later_bytes, at_most),
     }
 
 
@@ -397,7 +416,7 @@ class Quantizer:
         return torch.ops.aten._weight_int8pack_mm(x.contiguous(), self.codes, self.scales.bfloat16())
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.product(x)
+        return self.product(x.detach())
 
 
 def variant(**steps: Any) -> Callable[[Tensor], Callable[[Tensor], Tensor]]:
@@ -465,6 +484,18 @@ def float_copy_for_several_tokens(weight):
 )
 def autograd_left_on(weight):
     return variant(apart=lambda self, weight: weight)(weight)
+
+
+@mistake(
+    decode_linear,
+    "Leaves x in autograd: where it requires a gradient y does too, though the kernel has none to give.",
+)
+def gradient_of_x_left_on(weight):
+    class Traced(Quantizer):
+        def __call__(self, x):
+            return self.product(x)
+
+    return Traced(weight)
 
 
 @mistake(
@@ -740,7 +771,10 @@ def in_two_halves(weight):
     return variant(product=product)(weight)
 
 
-@alternative(decode_linear, "Rounds the scales to bfloat16 first, so that the codes make up for it")
+@mistake(
+    decode_linear,
+    "Rounds the scales to bfloat16 before the codes are made: weights beside a half of a step get other codes.",
+)
 def scales_rounded_first(weight):
     def scale(self, weight):
         return Quantizer.scale(self, weight).bfloat16().float()
@@ -753,7 +787,7 @@ def scaled_afterwards(weight):
     run = Quantizer(weight)
     ones, scales = torch.ones(len(weight), dtype=torch.bfloat16), run.scales.bfloat16()
     codes = run.codes
-    return lambda x: torch.ops.aten._weight_int8pack_mm(x.contiguous(), codes, ones) * scales
+    return lambda x: torch.ops.aten._weight_int8pack_mm(x.detach().contiguous(), codes, ones) * scales
 
 
 @alternative(decode_linear, "Slow: turns the codes back into a float weight in every run")
@@ -793,11 +827,11 @@ def row_by_row(weight):
 def dequantized_once(weight):
     run = Quantizer(weight)
     kept = run.codes.float() * run.scales[:, None]
-    return lambda x: linear(x.float(), kept).bfloat16()
+    return lambda x: linear(x.detach().float(), kept).bfloat16()
 
 
 @alternative(decode_linear, "Slow: keeps what the codes stand for, in bfloat16", meets_costs=False)
 def dequantized_once_to_bfloat16(weight):
     run = Quantizer(weight)
     kept = (run.codes.float() * run.scales[:, None]).bfloat16()
-    return lambda x: linear(x, kept)
+    return lambda x: linear(x.detach(), kept)

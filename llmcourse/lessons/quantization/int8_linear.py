@@ -11,11 +11,23 @@ from torch import Tensor
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import alternative, case, cost, excuse, exercise, mistake, raised
 
+QUANTIZERS = (
+    "fake_quantize_per_channel_affine",
+    "fake_quantize_per_tensor_affine",
+    "quantize_per_channel",
+    "quantize_per_tensor",
+    "quantize_per_tensor_dynamic",
+)
+
 
 @exercise(
     points=3,
     minutes=18,
-    forbid=("torch.quantize_per_tensor", "torch.quantize_per_channel", "torch.quantize_per_tensor_dynamic"),
+    forbid=(
+        *(f"{place}.{name}" for place in ("torch", "torch.ops.aten") for name in QUANTIZERS),
+        "torch.ops.aten.fake_quantize_per_channel_affine_cachemask",
+        "torch.ops.aten.fake_quantize_per_tensor_affine_cachemask",
+    ),
     hints=(
         "y[t, n] is a sum over k. Write x as code times scale and W as code times scale, and pull out of the sum what "
         "does not depend on k: that is why activations get a scale a token, and weights a scale an output.",
@@ -45,14 +57,13 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
     where codes has far more bytes than x and y, no tensor that is made has more.
     """
     ### BEGIN SOLUTION
-    outputs, inputs = codes.shape
-    if x.shape != (len(x), inputs) or scales.shape != (outputs,):
+    if x.dim() != 2 or codes.dim() != 2 or x.shape[1] != codes.shape[1] or scales.shape != codes.shape[:1]:
         raise ValueError(
             f"x {list(x.shape)}, scales {list(scales.shape)} do not fit codes {list(codes.shape)}"
         )
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias {list(bias.shape)}; expected [{outputs}]")
-    if x.numel() == 0 or outputs == 0:
+    if bias is not None and bias.shape != scales.shape:
+        raise ValueError(f"bias {list(bias.shape)}; expected {list(scales.shape)}")
+    if x.numel() == 0 or codes.numel() == 0:
         raise ValueError(f"x {list(x.shape)} and codes {list(codes.shape)}; expected values in both")
     x = x.float()
     if not x.isfinite().all():
@@ -61,7 +72,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None = 
     token_codes = (x / token_scales).round().to(torch.int8)
     # Of K = 1 torch 2.13 makes garbage on a CPU: it takes the strides of [1, N] for those of a transposed matrix.
     sums = torch._int_mm(token_codes, codes.T)
-    y = sums * token_scales * scales
+    y = sums * scales * token_scales  # one scale after the other: their product may be too small for float32
     return y if bias is None else y + bias
     ### END SOLUTION
 
@@ -135,14 +146,17 @@ def loud_quiet_and_silent(answer, rng):
 
 @case(int8_linear)
 def values_between_two_codes(answer, rng):
-    """Scales that are powers of two, from 2^-125 to 2^120, so that halves are halves; the weight shows the codes."""
+    """Scales that are powers of two, from 2^-126 to 2^120, so that halves are halves; the weight shows the codes."""
     inputs = rng.integer(14, 18)
     x = rng.integers(-126, 125, 6, inputs) + rng.choice([0.5, -0.5])
     x[:, 0] = torch.tensor([127.0, -127.0, 127.0, -127.0, -127.0, 127.0])
     x[4:] = x[4:].abs()  # finite, and its sum is not
-    powers = torch.cat([rng.integers(-6, 6, 4, 1), torch.tensor([[-125], [120]])])
-    y = answer((x * 2.0**powers).float(), torch.eye(inputs, dtype=torch.int8), torch.ones(inputs))
-    return {"around 1": y[:4], "2^-125": y[4], "2^120": y[5]}
+    powers = torch.cat([rng.integers(-6, 6, 4, 1), torch.tensor([[-126], [120]])])
+    x = (x * 2.0**powers).float()
+    y = answer(x, torch.eye(inputs, dtype=torch.int8), torch.ones(inputs))
+    # Two scales whose product is subnormal, and sums that make up for it.
+    quiet = answer(x[4:5], torch.eye(inputs, dtype=torch.int8) * 127, torch.full((inputs,), 1e-3))
+    return {"around 1": y[:4], "2^-126": y[4], "2^120": y[5], "2^-126, weights of a thousandth": quiet}
 
 
 @case(int8_linear)
@@ -196,9 +210,19 @@ def refused_inputs(answer, rng):
     arguments = {
         **{f"{value} at {place}": (broken(x, value, place), codes, scales) for value, place in BROKEN},
         "Inf beside -Inf": (both, codes, scales),
+        **{
+            f"{value} in {dtype}": (broken(x.to(dtype), value, 20), codes, scales)
+            for value, place in BROKEN
+            for dtype in (torch.bfloat16, torch.float16)
+        },
+        "x one number": (x[0, 0], codes, scales),
         "x one token": (x[0], codes, scales),
         "x too narrow": (x[:, 1:], codes, scales),
         "x in batches": (x[None], codes, scales),
+        "codes one output": (x, codes[0], scales),
+        "codes one number": (x, codes[0, 0], scales),
+        "codes in batches": (x[:, :outputs], codes[None], scales[:1]),
+        "codes in columns": (x, codes[..., None], scales),
         "scales a column": (x, codes, scales[:, None]),
         "scales a row": (x, codes, scales[None]),
         "one scale": (x, codes, scales[:1]),
@@ -215,22 +239,39 @@ def refused_inputs(answer, rng):
     }
 
 
+# Tokens, outputs, inputs; codes have far more bytes than x and y in all but the last.
+LAYERS = [(4, 96, 64), (17, 160, 144), (3, 61, 51), (1, 40, 30), (2, 16, 2048), (34, 144, 288), (6, 1, 2)]
+
+
+class Products(TensorWork):
+    """Counts the products of two numbers in all calls of torch._int_mm as well."""
+
+    integer_products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._int_mm.default:
+            self.integer_products += args[0].numel() * args[1].shape[1]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 @cost(int8_linear, share=1 / 3)
 def one_product_of_integers(answer, rng):
     """The matrix products of layers with larger weights, and the largest tensor that is made on the way."""
-    observed, calls_off, other_flops, largest = [], 0, 0, 0.0
-    for tokens, outputs, inputs in [(4, 96, 64), (17, 160, 144), (3, 61, 51), (1, 40, 30), (6, 1, 2)]:
+    observed, calls_off, short, other_flops, largest = [], 0, 0, 0, 0.0
+    for tokens, outputs, inputs in LAYERS:
         x, bias = away_from_ties(rng.normal(tokens, inputs)), rng.normal(outputs)
         codes, scales = a_weight(rng, outputs, inputs)
-        with TensorWork() as work:
+        with Products() as work:
             observed.append(answer(x, codes, scales, bias))
         calls_off += abs(work.calls["aten._int_mm"] - 1)
+        short += max(0, tokens * outputs * inputs - work.integer_products)
         other_flops += work.flops
         if outputs > 1:  # else x has more bytes than codes
             largest = max(largest, work.largest_tensor_bytes / codes.nbytes)
     return {
         "observed": observed,
         "calls of torch._int_mm missing or too many": (calls_off, 0),
+        "products of two numbers that torch._int_mm did not make": (short, 0),
         "operations in other matrix products": (other_flops, 0),
         "largest tensor made, in sizes of codes": (largest, 1),
     }
@@ -243,8 +284,10 @@ class Layer:
     """A right answer in small steps; a mistake replaces one of them."""
 
     def refuse(self, x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        if x.dim() != 2 or codes.dim() != 2:
+            raise ValueError("dimensions")
         outputs, inputs = codes.shape
-        fits = x.dim() == 2 and x.shape[1] == inputs and scales.shape == (outputs,)
+        fits = x.shape[1] == inputs and scales.shape == (outputs,)
         if not fits or (bias is not None and bias.shape != (outputs,)):
             raise ValueError("shapes")
         if 0 in (*x.shape, *codes.shape):
@@ -270,7 +313,7 @@ class Layer:
         return torch._int_mm(token_codes, codes.T)
 
     def scaled(self, sums: Tensor, token_scales: Tensor, scales: Tensor) -> Tensor:
-        return sums.float() * (token_scales * scales)
+        return sums.float() * token_scales * scales
 
     def biased(self, y: Tensor, bias: Tensor | None, token_scales: Tensor) -> Tensor:
         return y if bias is None else y + bias
@@ -575,6 +618,43 @@ def infinities_let_through(*arguments, **options):
             raise ValueError("NaN")
 
     return variant(refuse_values=refuse_values)(*arguments, **options)
+
+
+@mistake(
+    int8_linear,
+    "Looks for NaN and Inf in float32 only: float16 overflows at 65,504, far sooner.",
+)
+def narrow_values_unchecked(x, *arguments, **options):
+    def refuse_values(self, _):
+        if x.dtype == torch.float32:
+            Layer.refuse_values(self, x)
+
+    return variant(refuse_values=refuse_values)(x, *arguments, **options)
+
+
+@mistake(
+    int8_linear,
+    "Multiplies both scales first: their product can be below 2^-126, where float32 loses bits, though y is not.",
+)
+def scales_multiplied_first(*arguments, **options):
+    return variant(scaled=lambda self, sums, token_scales, scales: sums.float() * (token_scales * scales))(
+        *arguments, **options
+    )
+
+
+@mistake(
+    int8_linear,
+    "Looks at two dimensions of the codes: what has a third or none ends in an error of torch's, no ValueError.",
+)
+def dimensions_of_codes_not_looked_at(x, codes, scales, bias=None):
+    outputs, inputs = codes.shape[0], codes.shape[1]
+    if x.dim() != 2 or x.shape[1] != inputs or scales.shape != (outputs,):
+        raise ValueError("shapes")
+    if bias is not None and bias.shape != (outputs,):
+        raise ValueError("bias")
+    return variant(refuse=lambda self, *given: Layer.refuse(self, *given) if codes.dim() == 2 else None)(
+        x, codes, scales, bias
+    )
 
 
 @mistake(

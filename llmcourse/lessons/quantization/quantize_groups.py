@@ -13,11 +13,27 @@ from torch.nn import functional
 from llmcourse.counting import TensorWork
 from llmcourse.exercise import Rng, alternative, case, cost, excuse, exercise, mistake, raised
 
+QUANTIZERS = (
+    "fake_quantize_per_channel_affine",
+    "fake_quantize_per_tensor_affine",
+    "_fake_quantize_learnable_per_channel_affine",
+    "_fake_quantize_learnable_per_tensor_affine",
+    "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
+    "fused_moving_avg_obs_fake_quant",
+    "quantize_per_channel",
+    "quantize_per_tensor",
+    "quantize_per_tensor_dynamic",
+)
+
 
 @exercise(
     points=3,
     minutes=8,
-    forbid=("torch.fake_quantize_per_channel_affine", "torch.fake_quantize_per_tensor_affine"),
+    forbid=(
+        *(f"{place}.{name}" for place in ("torch", "torch.ops.aten") for name in QUANTIZERS),
+        "torch.ops.aten.fake_quantize_per_channel_affine_cachemask",
+        "torch.ops.aten.fake_quantize_per_tensor_affine_cachemask",
+    ),
     hints=(
         "Give the groups a dimension of their own, [N, groups, group_size]: then every step is one operation on all of "
         "them. The inputs of a product are the columns of the weight.",
@@ -245,13 +261,21 @@ def refusals(answer, rng):
 
 @cost(quantize_groups, share=1 / 6)
 def all_groups_at_once(answer, rng):
-    """A weight of 64 rows with 64 groups each: torch operations, and the largest tensor."""
-    weight = settled(drawn(rng, 64, 256), 4, 4)
+    """A weight of 64 rows with 64 groups each, and one with a short group more: operations, the largest tensor."""
+    weight, longer = (settled(drawn(rng, 64, inputs), 4, 4) for inputs in (256, 257))
     with TensorWork() as work:
         found = answer(weight, bits=4, group_size=4)
+    with TensorWork() as with_a_short_group:
+        found_with_a_short_group = answer(longer, bits=4, group_size=4)
+    calls = work.calls + with_a_short_group.calls
     return {
-        "observed": found,
+        "observed": [found, found_with_a_short_group],
         "torch operations": (sum(work.calls.values()), MOST_OPERATIONS),
+        "torch operations with a short group": (sum(with_a_short_group.calls.values()), MOST_OPERATIONS),
+        "operations of torch's own quantizers": (
+            sum(number for name, number in calls.items() if "quantize" in name),
+            0,
+        ),
         "largest tensor, bytes": (work.largest_tensor_bytes, weight.nbytes),
     }
 
@@ -695,6 +719,18 @@ def loop_over_groups(weight, *, bits, group_size):
     for row in range(len(weight)):
         for group, part in enumerate(weight[row].float().split(group_size)):
             codes[row, group * group_size : (group + 1) * group_size] = (part / scales[row, group]).round()
+    return codes, scales
+
+
+@mistake(
+    quantize_groups,
+    "Loops over rows in Python where the last group is short: what pads all rows at once is a few operations.",
+)
+def loop_over_rows_with_a_short_group(weight, *, bits, group_size):
+    codes, scales = variant()(weight, bits=bits, group_size=group_size)
+    if weight.shape[1] % group_size:
+        found = [variant()(row[None], bits=bits, group_size=group_size) for row in weight]
+        codes, scales = (torch.cat(parts) for parts in zip(*found, strict=True))
     return codes, scales
 
 

@@ -88,11 +88,16 @@ def observed(found):
 
 @case(smooth_scales)
 def queries_keys_values(answer, rng):
-    """Three weights of different height behind one norm, alpha between 0.3 and 0.75; then one weight of one value."""
+    """Three weights of different height behind one norm, then five, alpha between 0.3 and 0.75; one of one value."""
     channels, alpha = rng.integer(18, 24), rng.choice([0.3, 0.4, 0.65, 0.75])
     outputs = [rng.integer(24, 30), rng.integer(6, 9), rng.integer(10, 14)]
     three = observed(answer(*behind_one_norm(rng, channels, outputs), alpha=alpha))
-    return {"three": three, "one value": observed(answer(*behind_one_norm(rng, 1, [1]), alpha=alpha))}
+    five = observed(answer(*behind_one_norm(rng, channels, [3, 4, 2, 5, 3]), alpha=alpha))
+    return {
+        "three": three,
+        "five": five,
+        "one value": observed(answer(*behind_one_norm(rng, 1, [1]), alpha=alpha)),
+    }
 
 
 @case(smooth_scales)
@@ -115,7 +120,7 @@ def of_any_magnitude(rng):
 
 @case(smooth_scales)
 def any_magnitude(answer, rng):
-    """alpha 0, 1 and a half with a single weight, magnitudes of 1e-33 to 1e33 and sums that float32 does not hold."""
+    """alpha 0, 1 and a half with a single weight, magnitudes of 1e-37 to 1e37 and sums that float32 does not hold."""
     of_x, of_w = of_any_magnitude(rng)
     channels, outputs = len(of_x), rng.integer(15, 20)
     norm_weight, (weight,), x_max = behind_one_norm(rng, channels, [outputs])
@@ -125,6 +130,18 @@ def any_magnitude(answer, rng):
         of_s = alpha * of_x - (1 - alpha) * of_w
         # Brought back to ordinary sizes, so that no channel hides behind a louder one.
         found[f"alpha {alpha}, times powers of two"] = [norm.ldexp(of_s), moved.ldexp(-of_s - of_w)]
+    for power in (-80, 80):  # of x_max and of W alike: their product is 0 or infinite in float32
+        alpha = rng.choice([0.25, 0.75])
+        of_s = int(power * (2 * alpha - 1))
+        norm, (moved,) = answer(norm_weight, [weight * 2.0**power], x_max * 2.0**power, alpha=alpha)
+        found[f"both times 2^{power}, alpha {alpha}"] = [norm * 2.0**of_s, moved * 2.0 ** (-of_s - power)]
+    for power in (-122, 122):  # s itself lies where few numbers are left
+        given = (
+            norm_weight * 2.0 ** (power // 8),
+            [weight * 2.0 ** (-power // 4)],
+            x_max.clamp(1, 8) * 2.0**power,
+        )
+        found[f"x_max times 2^{power}"] = observed(answer(*given, alpha=1))
     vast = [
         rng.uniform(2.0**124, 2.0**125, *shape) for shape in ((channels,), (outputs, channels), (channels,))
     ]
@@ -201,6 +218,14 @@ def refused_inputs(answer, rng):
         part.view(-1)[place] = value
         return with_another(name, part)
 
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = {name: part.to(dtype) for name, part in parts.items()}
+        for name, part in narrow.items():
+            for value in (math.nan, math.inf, -math.inf):
+                broken = part.clone()
+                broken.view(-1)[part.numel() // 2] = value
+                first, last, *others = {**narrow, name: broken}.values()
+                found[f"{value} in {name}, {dtype}"] = raised(answer, first, others, last, alpha=0.5)
     for name, part in parts.items():
         bad = [math.nan, math.inf, -math.inf, *([-1.0, -1e-30] if name == "x_max" else [])]
         for value in bad:
@@ -212,7 +237,7 @@ def refused_inputs(answer, rng):
     found["no weight"] = raised(answer, norm_weight, [], x_max, alpha=0.5)
     none = norm_weight[:0], [part[:, :0] for part in weights], x_max[:0]
     found["no channel"] = raised(answer, *none, alpha=0.5)
-    for alpha in (-0.01, 1.01, math.nan, math.inf, -math.inf):
+    for alpha in (-0.01, -1e-9, 1.01, 1 + 1e-9, math.nan, math.inf, -math.inf):
         found[f"alpha {alpha}"] = raised(answer, norm_weight, weights, x_max, alpha=alpha)
     return found
 
@@ -550,6 +575,28 @@ def only_nan_looked_for(*arguments, **options):
             raise ValueError("NaN or negative")
 
     return variant(refuse_values=refuse_values)(*arguments, **options)
+
+
+@mistake(smooth_scales, "Looks for NaN and Inf in float32 only: float16 overflows at 65,504, far sooner.")
+def narrow_values_unchecked(norm_weight, weights, x_max, *, alpha):
+    def refuse_values(self, *parts):
+        if norm_weight.dtype == torch.float32:
+            Smoothing.refuse_values(self, *parts)
+        elif (x_max < 0).any():
+            raise ValueError("negative")
+
+    return variant(refuse_values=refuse_values)(norm_weight, weights, x_max, alpha=alpha)
+
+
+@mistake(
+    smooth_scales,
+    "Looks for zeros in the product of both ranges: that of two small ones is 0 in float32, and their s becomes 1.",
+)
+def zeros_of_the_product(*arguments, **options):
+    def guarded(self, scales, x_max, w_max):
+        return torch.where(x_max * w_max == 0, 1.0, scales)
+
+    return variant(guarded=guarded)(*arguments, **options)
 
 
 @mistake(smooth_scales, "Does not look at shapes: a tensor of one channel is broadcast to all of them.")
