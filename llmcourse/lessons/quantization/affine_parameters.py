@@ -45,8 +45,8 @@ def affine_parameters(
     A code q stands for scale * (q - zero_point). Codes are lowest .. lowest + 2**bits -
     1, where lowest is -2**(bits - 1) for signed codes and 0 for unsigned ones. x has
     any shape, strides and floating dtype of at most 32 bits, and may require grad.
-    Returns (scale, zero_point) for all of x, 0-dim tensors of dtype float32 and int32
-    that do not.
+    Returns (scale, zero_point) for all of x: 0-dim tensors, float32 and int32, neither
+    of which requires grad.
 
     symmetric=False: low = min(0, least value of x) and high = max(0, largest value of
     x), so that 0 is in the range. The distance from low to high is divided into the
@@ -64,7 +64,7 @@ def affine_parameters(
     infinity.
 
     Costs (a sixth of the points): x may be large. Allocate no tensor with more bytes
-    than x has values.
+    than x has values; x.isfinite() and x.abs() write one as large as x.
     """
     ### BEGIN SOLUTION
     if not 2 <= bits <= 8:
@@ -599,7 +599,8 @@ def floor_of_the_dtype_of_x(x, bits, **kind):
 
 @mistake(
     affine_parameters,
-    "Brings x to contiguous float32 first: what is neither is copied, at four bytes a value.",
+    "Makes a tensor as large as x on the way, a float32 copy or the magnitudes that isfinite and abs write: its two "
+    "ends already carry NaN and infinity.",
 )
 def made_contiguous_float32(x, bits, **kind):
     return variant()(x.detach().float().contiguous(), bits, **kind)
@@ -607,7 +608,7 @@ def made_contiguous_float32(x, bits, **kind):
 
 @mistake(
     affine_parameters,
-    "Takes copies of x, in float64 or as magnitudes, to find its ends: eight bytes a value, read twice.",
+    "Takes a copy of x in float64 to find its ends: eight bytes a value, written and read again.",
 )
 def copies_made(x, bits, **kind):
     def seen(self, x):
@@ -622,7 +623,7 @@ def two_passes(x, bits, *, symmetric, signed):
     return Fitting().fit(x, bits, symmetric=symmetric, signed=signed)
 
 
-@alternative(affine_parameters, "Sorts x in float64 and reckons in fractions", meets_costs=False)
+@alternative(affine_parameters, "Sorts x in float64 and calculates in fractions", meets_costs=False)
 def in_fractions(x, bits, *, symmetric, signed):
     if not (2 <= bits <= 8) or x.shape.numel() == 0 or not torch.isfinite(x).all():
         raise ValueError("bits, shape or values")

@@ -647,7 +647,7 @@ def scale_held_above_a_floor(batches, weight, *, bits, steps):
 
 
 @mistake(
-    calibrate_clip, "Reckons codes in the inputs' dtype: bfloat16 has no room for 8 bits and a fraction."
+    calibrate_clip, "Calculates codes in the inputs' dtype: bfloat16 has no room for 8 bits and a fraction."
 )
 def codes_in_bfloat16(batches, weight, *, bits, steps):
     def change(self, x, clip, bits):
@@ -689,7 +689,7 @@ def shapes_unchecked(batches, weight, *, bits, steps):
 
 @mistake(
     calibrate_clip,
-    "Reckons both outputs for each candidate, although the exact one never changes: twice the work.",
+    "Calculates both outputs for each candidate, although the exact one never changes: twice the work.",
 )
 def both_outputs_each_time(batches, weight, *, bits, steps):
     def behind(self, x, change, weight):

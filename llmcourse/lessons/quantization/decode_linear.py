@@ -49,14 +49,14 @@ def decode_linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
     torch.ops.aten._weight_int8pack_mm(x, codes, scales) multiplies codes as they are,
     with scales of the dtype of x. It does not look at K: for other widths it reads
     memory that is not the weight's. Nor does it look at where x begins: off a multiple
-    of 32 bytes, which a view may be and a copy is not, it ends the process. No x here
-    begins there.
+    of 32 bytes, which a view may be and a copy is not, it ends the process. No x in
+    this exercise begins at such an address.
 
     For a sixth of the points: once weight is gone, the tensors that run keeps, whatever
     M it has met, have at most N * K + 4 * N bytes. For a quarter: run at M = 1 and 4096
-    x 4096 is raced on one thread against a layer that keeps float32, and has to keep
-    three quarters, in logarithms, of what the kernel above gains; quantizing is not
-    timed.
+    x 4096 is raced on one thread against a layer that keeps float32. Where the kernel
+    above is r times as fast as that layer, run has to be r^0.75 times as fast at least
+    (for r = 2.5 that is 2); quantizing is not timed.
     """
     ### BEGIN SOLUTION
     if weight.dim() != 2 or weight.numel() == 0:

@@ -48,7 +48,8 @@ def quantize_groups(weight: Tensor, *, bits: int, group_size: int) -> tuple[Tens
     weight [N, K] = [outputs, inputs]: float32, bfloat16 or float16, of any strides and
     any finite values; it may be an nn.Parameter, but no result requires grad. A row is
     divided into groups of group_size columns, from the first column on; the last group
-    is short where group_size does not divide K, and the only one where group_size > K.
+    is short where group_size does not divide K, and the only one where group_size > K,
+    which it may be by far.
     Returns (codes, scales): codes [N, K] int8, scales [N, groups] float32, groups =
     ceil(K / group_size).
 
@@ -396,6 +397,15 @@ def remainder_left_out(weight, *, bits, group_size):
     return variant(grouped=grouped, ungrouped=ungrouped)(weight, bits=bits, group_size=group_size)
 
 
+@mistake(quantize_groups, "Pads a row to a whole group, also where the group is far longer than the row.")
+def padded_to_any_length(weight, *, bits, group_size):
+    def grouped(self, weight, size):
+        longer = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group_size))
+        return longer.reshape(weight.shape[0], -1, group_size)
+
+    return variant(grouped=grouped)(weight, bits=bits, group_size=group_size)
+
+
 @mistake(quantize_groups, "Refuses a group size that does not divide the row.")
 def remainder_refused(weight, *, bits, group_size):
     def grouped(self, weight, size):
@@ -577,7 +587,7 @@ def epsilon_added(weight, *, bits, group_size):
     return variant(usable=lambda self, scales: scales + 1e-8)(weight, bits=bits, group_size=group_size)
 
 
-@mistake(quantize_groups, "Holds all scales above 1e-5: groups of small weights become zeros.")
+@mistake(quantize_groups, "Holds all scales above a small constant: groups of smaller weights become zeros.")
 def scales_held_up(weight, *, bits, group_size):
     return variant(usable=lambda self, scales: scales.clamp_min(1e-5))(
         weight, bits=bits, group_size=group_size
