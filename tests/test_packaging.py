@@ -75,7 +75,7 @@ def test_the_licence_and_the_changelog_are_there() -> None:
 
 # ------------------------------------------------------------------------------------------ imports point one way
 
-MEASURES = {"exercise", "counting", "finding", "interrupts", "racing", "machine", "sizing"}
+MEASURES = {"exercise", "counting", "finding", "interrupts", "racing", "machine", "sizing", "stepping"}
 MODELS = {"appraisal", "configuration", "model", "text", "training", "zoo"}
 JUDGES = {
     *(

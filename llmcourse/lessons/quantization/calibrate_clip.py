@@ -64,8 +64,8 @@ def calibrate_clip(batches: Sequence[Tensor], weight: Tensor, *, bits: int, step
     of all batches and all outputs, of the squared change of the output.
 
     Candidates are largest * i / steps for i = 1 .. steps, in float32, where largest is
-    the largest magnitude in all batches. Returns the candidate with the least error, the largest of
-    equally good ones: 0-dim, float32.
+    the largest magnitude in all batches. Returns the candidate with the least error,
+    the largest of equally good ones: 0-dim, float32.
 
     ValueError, with what came: bits outside 2..8, steps below 1, no batches, a weight
     or a batch that is not [_, K] with one K and values, NaN or an infinity in one of
