@@ -86,6 +86,7 @@ def switch_off(names: Sequence[str]) -> None:
 def _places(names: tuple[str, ...], _modules: int) -> list[tuple[Any, str, Any]]:
     """Where what is named is found, and the refusal to put there: under its name, under every other name that a module
     of its library has for it, and in a class's own methods, since a class is also found among its base's subclasses.
+    Where methods of a class are named as well, those alone are off.
     """
     # All of them are imported before any is replaced, or a module first imported here would keep another's refusal.
     owners = [_resolve(dotted.rpartition(".")[0]) for dotted in names]
@@ -101,8 +102,9 @@ def _places(names: tuple[str, ...], _modules: int) -> list[tuple[Any, str, Any]]
         for name, value in vars(module).items():
             if id(value) in refusals and refusals[id(value)][0] is value:
                 places.append((module, name, refusals[id(value)][1]))
+    by_method = {id(owner) for owner in owners}
     for original, refusal in list(refusals.values()):
-        if isinstance(original, type) and original.__flags__ & HEAP_TYPE:
+        if isinstance(original, type) and original.__flags__ & HEAP_TYPE and id(original) not in by_method:
             refuse = vars(refusal)["__init__"]
             for name, value in vars(original).items():
                 if isinstance(value, types.FunctionType):

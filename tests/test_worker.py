@@ -270,6 +270,12 @@ def test_a_class_that_is_found_among_its_bases_subclasses_is_off_too():
             with pytest.raises(Forbidden, match="ExponentialLR is what this exercise asks"):
                 use(None)
     assert dict(vars(found())) == own
+    names = ["torch.optim.lr_scheduler.ExponentialLR", "torch.optim.lr_scheduler.ExponentialLR.get_lr"]
+    with switched_off(names):
+        assert vars(found())["__init__"] is own["__init__"], "where methods are named, those alone are off"
+        with pytest.raises(Forbidden):
+            found().get_lr(None)
+    assert dict(vars(found())) == own
 
 
 @pytest.mark.parametrize("name", ["torch.optim.NoSuchThing", "torch.no_such_module.f", "no_such_package.f"])
