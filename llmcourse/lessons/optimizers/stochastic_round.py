@@ -244,6 +244,27 @@ def a_little_of_the_way(answer, rng):
     }
 
 
+def pair_by_pair(observed, expected):
+    """Bernstein's inequality for every pair of values: both move on in a quarter of the calls."""
+    moved = observed["moved on"].double()
+    calls, count = moved.shape
+    together = (moved.T @ moved)[torch.ones(count, count).triu(1).bool()]
+    room = allowed(calls * 3 / 16, len(together))
+    return (
+        None
+        if bool(((together - calls / 4).abs() <= room).all())
+        else "values of a call depend on one another"
+    )
+
+
+@case(stochastic_round, judge=pair_by_pair)
+def every_pair_of_a_call(answer, rng):
+    """48 values half way, in 512 calls: no two of them go together, or apart, more often than chance has it."""
+    x, generator = between(rng, [1 / 2] * 48), rng.spawn()
+    _, away, _ = neighbours(x)
+    return {"moved on": torch.stack([bits(answer(x, generator)) == away for _ in range(512)])}
+
+
 def bit_by_bit(observed, expected):
     """The numbers of bfloat16 that lie in int16 tensors equal, -0.0 and 0.0 apart; all else equal."""
     for name, right in expected.items():
@@ -336,7 +357,7 @@ def shapes_strides_and_refusals(answer, rng):
 
 
 JOINT = ("values_of_both_signs", "close_to_exact", "around_powers_of_two", "smallest_and_largest")
-LAW = (*JOINT, "a_little_of_the_way")
+LAW = (*JOINT, "a_little_of_the_way", "every_pair_of_a_call")
 
 
 def refuse(x):
@@ -582,6 +603,18 @@ def in_parts(x, drawn):
 def halves_share(x, generator):
     def noise(x, generator):
         return in_parts(x, [noise_for(x.new_empty((x.numel() + 1) // 2), generator)] * 2)
+
+    return written(x, generator, noise=noise)
+
+
+@mistake(
+    stochastic_round,
+    "Draws for a part of the values and uses these draws again for the others, at whatever places.",
+    fails=("every_pair_of_a_call",),
+)
+def thirds_share(x, generator):
+    def noise(x, generator):
+        return in_parts(x, [noise_for(x.new_empty(-(-x.numel() // 3)), generator)] * 3)
 
     return written(x, generator, noise=noise)
 
