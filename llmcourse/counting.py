@@ -257,10 +257,8 @@ def _no_way_around(mode: TensorWork) -> Iterator[None]:
 def _formula(func: Any) -> Callable[..., int] | None:
     packet = func._overloadpacket
     name = str(packet).removeprefix("aten.")
-    if name.endswith("_") and hasattr(
-        torch.ops.aten, name[:-1]
-    ):  # in place: the work is that of the operation it names
-        packet = getattr(torch.ops.aten, name[:-1])
+    if name.endswith("_"):  # in place: the work is that of the operation it names
+        packet = getattr(torch.ops.aten, name[:-1], packet)
     return _OWN_FORMULAS.get(str(packet)) or flop_registry.get(packet)
 
 

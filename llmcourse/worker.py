@@ -95,6 +95,12 @@ def _places(names: tuple[str, ...], _modules: int) -> list[tuple[Any, str, Any]]
     for dotted, owner in zip(names, owners, strict=True):
         name = dotted.rpartition(".")[2]
         original = getattr(owner, name)
+        if isinstance(original, torch._ops.OpOverloadPacket):
+            # Torch holds on to its packets of operations and takes their overloads: what they call is replaced.
+            overloads = (getattr(original, overload) for overload in original.overloads())
+            refusal = _refuser(dotted, original)
+            places += [(part, "_op", refusal) for part in (original, *overloads)]
+            continue
         known = refusals.setdefault(id(original), (original, _refuser(dotted, original)))
         places.append((owner, name, known[1]))
     libraries = {dotted.partition(".")[0] for dotted in names} - {"llmcourse"}

@@ -249,12 +249,28 @@ def test_what_other_modules_of_the_library_call_it_is_off_too():
     assert elsewhere._single_tensor_adam is original
 
 
-def test_a_refusal_carries_nothing_of_what_it_stands_for():
-    original = torch.ops.aten._fused_sgd_
-    with switched_off(["torch.ops.aten._fused_sgd_"]):
-        refusal = torch.ops.aten._fused_sgd_
-        assert refusal is not original and vars(refusal) == {}
-    assert torch.ops.aten._fused_sgd_ is original
+def test_a_refusal_carries_nothing_of_what_it_stands_for(monkeypatch):
+    def original():
+        return original.kept
+
+    original.kept = original
+    monkeypatch.setattr(torch.optim, "original", original, raising=False)
+    with switched_off(["torch.optim.original"]):
+        assert torch.optim.original is not original and vars(torch.optim.original) == {}
+    assert torch.optim.original is original
+
+
+@pytest.mark.parametrize("name", ["_fused_sgd_", "_fused_adamw_", "fake_quantize_per_tensor_affine"])
+def test_an_operation_is_off_with_its_overloads_and_torch_keeps_its_packet(name):
+    packet = getattr(torch.ops.aten, name)
+    called = [packet, *(getattr(packet, overload) for overload in packet.overloads())]
+    before = [one._op for one in called]
+    with switched_off([f"torch.ops.aten.{name}"]):
+        assert getattr(torch.ops.aten, name) is packet
+        for one in called:
+            with pytest.raises(Forbidden, match=f"torch.ops.aten.{name} is what this exercise asks"):
+                one()
+    assert [one._op for one in called] == before
 
 
 def test_a_class_that_is_found_among_its_bases_subclasses_is_off_too():

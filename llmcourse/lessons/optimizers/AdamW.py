@@ -41,11 +41,9 @@ from llmcourse.stepping import (
         "torch.optim.adam._fused_adam",
         "torch._fused_adamw_",
         "torch._fused_adam_",
-        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
         *(
-            f"torch.ops.aten.{name}{overload}._op"
+            f"torch.ops.aten.{name}"
             for name in ("_fused_adamw_", "_fused_adamw", "_fused_adam_", "_fused_adam")
-            for overload in ("", ".default", ".tensor_lr")
         ),
     ),
     hints=(

@@ -38,12 +38,7 @@ from llmcourse.stepping import (
         "torch.optim.sgd._multi_tensor_sgd",
         "torch.optim.sgd._fused_sgd",
         "torch._fused_sgd_",
-        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
-        *(
-            f"torch.ops.aten.{name}{overload}._op"
-            for name in ("_fused_sgd_", "_fused_sgd")
-            for overload in ("", ".default", ".tensor_lr")
-        ),
+        *(f"torch.ops.aten.{name}" for name in ("_fused_sgd_", "_fused_sgd")),
     ),
     hints=(
         "Loop over self.param_groups, then over a group's params. self.state[p] is an empty dict at first, and "

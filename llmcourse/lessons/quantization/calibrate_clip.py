@@ -33,13 +33,7 @@ CACHEMASKS = (
     extension=True,
     forbid=(
         *(f"torch.{name}" for name in LIBRARY),
-        # What a packet of operations and its overloads call: torch imports the packets themselves when it compiles.
-        *(
-            f"torch.ops.aten.{name}{overload}._op"
-            for name in (*LIBRARY, *CACHEMASKS)
-            for overload in ("", ".default")
-        ),
-        "torch.ops.aten.fake_quantize_per_tensor_affine.tensor_qparams._op",
+        *(f"torch.ops.aten.{name}" for name in (*LIBRARY, *CACHEMASKS)),
     ),
     hints=(
         "A lower clip rounds all values more finely and cuts a few; how much a cut value matters is not in the value "
