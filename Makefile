@@ -15,7 +15,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 AUDIT  ?= --sample
 SEED   ?= 0
 LAB    ?=
-# Files side by side, the tests of one file after another.
+# Files side by side, the tests of one file after another; with one thread each, or they wait for each other's.
 PYTEST ?= -n auto --maxprocesses 4 --dist loadfile
 NOTEBOOKS = $(wildcard solutions/*/*.ipynb)
 # A learner's ways through JupyterLab; .ci/run adds Run All of every lesson (BROWSER=tests/browser).
@@ -50,7 +50,7 @@ test: $(STAMP)
 	@echo "== mypy"
 	@$(PY) -m mypy
 	@echo "== pytest: tests, doctests"
-	@$(PY) -m pytest $(PYTEST) tests llmcourse
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) tests llmcourse
 ifneq ($(NOTEBOOKS),)
 	@echo "== nbval: the solution notebooks run, and print again what they are marked for"
 	@LLMCOURSE_SEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --nbval-lax $(NOTEBOOKS)

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcourse import zoo
+from llmcourse.figures import GRADING_NOTE, inert
 from llmcourse.model import Decoder
 from llmcourse.training import fixed_windows
 
@@ -89,16 +90,25 @@ def sites(model: Decoder) -> list[Site]:
     return found
 
 
-@functools.cache
-def held_out_slice(*, count: int = 16) -> Windows:
-    """Windows of held-out text that every figure here is stated for: inputs and targets, each [count, 256]."""
-    return fixed_windows(zoo.tokens("held_out"), count=count, context_tokens=CONTEXT_TOKENS)
+def held_out_slice(*, count: int | None = None) -> Windows:
+    """Windows of held-out text that every figure here is stated for: inputs and targets, each [count, 256].
+
+    16 of them; while a notebook is graded (`figures.inert()`), when nobody reads the figures, 2.
+    """
+    return _windows("held_out", count or (2 if inert() else 16))
+
+
+def calibration_tokens(*, count: int | None = None) -> Tensor:
+    """Windows of training text that methods may look at: [count, 256]. Never the text that is reported on.
+
+    8 of them; while a notebook is graded 1.
+    """
+    return _windows("train", count or (1 if inert() else 8))[0]
 
 
 @functools.cache
-def calibration_tokens(*, count: int = 8) -> Tensor:
-    """Windows of training text that methods may look at: [count, 256]. Never the text that is reported on."""
-    return fixed_windows(zoo.tokens("train"), count=count, context_tokens=CONTEXT_TOKENS)[0]
+def _windows(split: str, count: int) -> Windows:
+    return fixed_windows(zoo.tokens(split), count=count, context_tokens=CONTEXT_TOKENS)
 
 
 @torch.inference_mode()
@@ -761,4 +771,4 @@ def table_text(rows: Sequence[Row]) -> str:
             f"{row.method:{width}}  {row.bits:4}  {row.bits_per_weight:13.3f}  {row.size_bytes / 1e6:7.3f}  "
             f"{row.perplexity:10.3f}  {row.nats:11.4f}  ({row.nats_error:.4f})"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, GRADING_NOTE] if inert() else lines)

@@ -66,6 +66,12 @@ STYLE: dict[Any, Any] = {
 }
 
 
+# Under a table of figures while `inert()`: the code ran, and what it measured is too little to read.
+GRADING_NOTE = (
+    "(graded: measured on a fraction of the text and of the rounds; run it yourself to read figures)"
+)
+
+
 def inert() -> bool:
     """Whether nobody looks: nbgrader executes the notebook, or LLMCOURSE_GRADING=1."""
     return bool(os.environ.get("NBGRADER_EXECUTION")) or os.environ.get("LLMCOURSE_GRADING") == "1"

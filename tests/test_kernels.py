@@ -348,7 +348,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(time, "thread_time", lambda: now[0])
-    monkeypatch.setattr(kernels, "PlainRead", SlowRead)
+    for reader in ("PlainRead", "PlainProduct"):
+        monkeypatch.setattr(kernels, reader, SlowRead)
     return now
 
 
