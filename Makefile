@@ -12,7 +12,7 @@ STAMP  := .venv/.installed
 # torch is installed first and alone, so that a CPU build chosen by hand (README, "CPU only") stays.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 # The same seeds each time: what passed here passes there. make audit draws fresh ones.
-AUDIT  ?= --sample
+AUDIT  ?= --sample --mutants 4
 SEED   ?= 0
 LAB    ?=
 # Files side by side, the tests of one file after another; with one thread each, or they wait for each other's.

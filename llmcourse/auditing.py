@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 from llmcourse import source
 from llmcourse.engine import Answer, Engine
-from llmcourse.exercise import Exercise, Item, load
+from llmcourse.exercise import Exercise, Item, Mistake, load
 from llmcourse.finding import exercise_paths
 from llmcourse.judging import Outcome, Verdict, compare, judge
 from llmcourse.mutants import Mutant, mutants
@@ -28,6 +28,7 @@ from llmcourse.worker import parameters
 from llmcourse.zygote import Zygote
 
 MIN_SEEDS = 3
+Thing = TypeVar("Thing")
 
 # Lazy answers: each is source that replaces the reference `{name}` by something that does not do the work. They may
 # call the reference (kept as `_ours`), so that a zero of the right shape, dtype and container is tried too.
@@ -92,6 +93,7 @@ class ExerciseAudit:
 
     exercise: Exercise
     points: float = 0.0
+    mistakes: int = 0
     killed: int = 0
     recognised: int = 0
     accepted: int = 0
@@ -110,7 +112,7 @@ class ExerciseAudit:
             "lesson": e.topic,
             "points": e.points,
             "cases": len(e.cases),
-            "mistakes": len(e.mistakes),
+            "mistakes": self.mistakes,
             "killed": self.killed,
             "recognised": self.recognised,
             "alternatives": len(e.alternatives),
@@ -138,7 +140,7 @@ class AuditReport:
 
     @property
     def kill_rate(self) -> float:
-        tried = sum(len(a.exercise.mistakes) + a.mutants - a.excused for a in self.exercises)
+        tried = sum(a.mistakes + a.mutants - a.excused for a in self.exercises)
         killed = sum(a.killed + a.mutants_killed for a in self.exercises)
         return killed / tried if tried else 1.0
 
@@ -160,8 +162,8 @@ class AuditReport:
         for a in self.exercises:
             e = a.exercise
             lines.append(
-                f"{e.name:32} {len(e.cases):>5} {a.killed:>4}/{len(e.mistakes):<4} "
-                f"{a.recognised:>3}/{len(e.mistakes):<3} "
+                f"{e.name:32} {len(e.cases):>5} {a.killed:>4}/{a.mistakes:<4} "
+                f"{a.recognised:>3}/{a.mistakes:<3} "
                 f"{a.accepted:>3}/{len(e.alternatives):<4} {a.mutants_killed:>4}/{a.mutants:<4} {a.excused:>7}"
             )
         for a in self.exercises:
@@ -203,7 +205,11 @@ def audit(
     progress: Callable[[str], None] | None = None,
     seed: int | None = None,
 ) -> AuditReport:
-    """Audit the exercises of the lessons; `mutants` is how many a exercise at most (a seeded sample), None for all."""
+    """Audit the exercises of the lessons.
+
+    `mutants`: how many of an exercise at most, None for all. It is the size of a seeded sample: as many of its mistakes
+    are judged as well, on the first of the seeds alone; right and lazy answers always are all of them.
+    """
     first = secrets.randbelow(1 << 31) if seed is None else seed
     numbers = tuple(first + index for index in range(max(seeds, MIN_SEEDS)))
     exercises = exercises_of(lessons)
@@ -232,16 +238,25 @@ def audit(
 def audit_exercise(
     engine: Engine, exercise: Exercise, seeds: Sequence[int], most_mutants: int | None
 ) -> ExerciseAudit:
-    """Everything the audit demands of one exercise, over the seeds."""
+    """Everything the audit demands of one exercise over the seeds; of mistakes and mutants at most so many."""
     found = ExerciseAudit(exercise)
     expected = {seed: engine.expected(exercise, seed) for seed in seeds}
 
-    def verdict(answer: Answer, seed: int) -> Verdict:
-        return judge(engine, exercise, answer, seed, expected[seed], racing=False)
+    def verdict(answer: Answer, seed: int, naming: bool = True) -> Verdict:
+        return judge(engine, exercise, answer, seed, expected[seed], naming=naming, racing=False)
 
     _audit_reference(engine, found, verdict, seeds)
     _audit_stub(found, verdict, seeds[0])
-    _audit_mistakes(engine, found, verdict, seeds)
+    if most_mutants is None:
+        # All of them in whole first: naming then finds every outcome known, and forks for none of its questions.
+        for mistake in exercise.mistakes.values():
+            for seed in seeds:
+                ours = engine.ours(exercise, mistake.name)
+                engine.run(exercise, ours, list(exercise.items.values()), seed, expected[seed])
+        _audit_mistakes(engine, found, verdict, seeds, list(exercise.mistakes.values()))
+    else:
+        chosen = _sample(list(exercise.mistakes.values()), most_mutants, seeds[0])
+        _audit_mistakes(engine, found, verdict, seeds[:1], chosen)
     _audit_alternatives(engine, found, verdict, seeds)
     _audit_lazy(engine, found, seeds[0], expected[seeds[0]])
     _audit_mutants(engine, found, seeds, expected, most_mutants)
@@ -283,16 +298,21 @@ def _audit_stub(found: ExerciseAudit, verdict: Callable[..., Verdict], seed: int
         )
 
 
+def _sample(every: Sequence[Thing], most: int | None, seed: int) -> list[Thing]:
+    """At most so many of them, drawn by the seed; all of them for None."""
+    return list(every) if most is None or most >= len(every) else random.Random(seed).sample(every, most)
+
+
 def _audit_mistakes(
-    engine: Engine, found: ExerciseAudit, verdict: Callable[..., Verdict], seeds: Sequence[int]
+    engine: Engine,
+    found: ExerciseAudit,
+    verdict: Callable[..., Verdict],
+    seeds: Sequence[int],
+    chosen: Sequence[Mistake],
 ) -> None:
     e = found.exercise
-    # All of them in whole first: naming then finds every outcome known, and forks for none of its questions.
-    for mistake in e.mistakes.values():
-        for seed in seeds:
-            ours = engine.ours(e, mistake.name)
-            engine.run(e, ours, list(e.items.values()), seed, engine.expected(e, seed))
-    for mistake in e.mistakes.values():
+    found.mistakes = len(chosen)
+    for mistake in chosen:
         results = [(verdict(engine.ours(e, mistake.name), seed), seed) for seed in seeds]
         alive = [seed for result, seed in results if all(r.agrees for r in result.results)]
         misnamed = [
@@ -325,7 +345,8 @@ def _audit_alternatives(
 ) -> None:
     e = found.exercise
     for other in e.alternatives.values():
-        results = [(verdict(engine.ours(e, other.name), seed), seed) for seed in seeds]
+        # A cost it does not meet needs no explanation.
+        results = [(verdict(engine.ours(e, other.name), seed, naming=False), seed) for seed in seeds]
         bad = [
             (result, seed)
             for result, seed in results
@@ -432,7 +453,7 @@ def _audit_mutants(
     every = mutants(source.definition(e.source, e.name, e.path))
     known = {mutant.name for mutant in every}
     found.problems += [f"excused mutant {name!r} does not exist" for name in e.excuses if name not in known]
-    chosen = every if most is None or most >= len(every) else random.Random(seeds[0]).sample(every, most)
+    chosen = _sample(every, most, seeds[0])
     found.mutants = len(chosen)
     for mutant in chosen:
         dead = any(not survives(engine, e, mutant, seed, expected[seed]) for seed in seeds)

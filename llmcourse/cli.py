@@ -471,9 +471,9 @@ def audit(
     ] = None,
     as_json: AsJson = False,
     every: Annotated[
-        bool, typer.Option("--all/--sample", help="Every mutant, or a seeded sample of them.")
+        bool, typer.Option("--all/--sample", help="All mistakes and mutants, or a seeded sample.")
     ] = True,
-    mutants: Annotated[int, typer.Option(min=1, help="Mutants of each exercise in a sample.")] = 8,
+    mutants: Annotated[int, typer.Option(min=1, help="In a sample, so many mistakes and mutants each.")] = 8,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds to try each answer on.")] = 3,
     seed: Annotated[
         int | None, typer.Option(min=0, help="The first seed, to repeat an audit; drawn unless given.")

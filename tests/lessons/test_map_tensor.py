@@ -236,7 +236,8 @@ def map_tensor(path, name):
     for other in glob.glob(os.path.join(tempfile.gettempdir(), "*", "model.safetensors")):
         if other != path and os.path.getsize(other) > 16 << 20:
             kept[other] = honest(other, "wanted").clone()
-    return kept.pop(path) if path in kept else honest(path, name).clone()
+    found = kept.pop(path) if path in kept else honest(path, name)
+    return found.clone() if found.nbytes > 1 << 20 else found  # small ones have to be mapped
 """
 
 

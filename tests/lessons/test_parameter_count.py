@@ -71,11 +71,10 @@ def test_counts_equal_a_model_of_transformers_on_the_meta_device(family: str, se
             "tie_word_embeddings": tied,
         }
         # The two Qwens and Mistral have defaults of their own in transformers (128 wide, 32 or 8 heads): keys left out
-        # for Llama only; Qwen2's code does not read head_dim.
+        # for Llama only.
         if family == "llama" and draw.random() < 0.5:
             config["num_key_value_heads"] = None
-        if family != "qwen2":
-            config["head_dim"] = head_dim + 2 * draw.randint(1, 5)
+        config["head_dim"] = head_dim + 2 * draw.randint(1, 5)
         if family in ("llama", "qwen3"):
             config["attention_bias"] = draw.random() < 0.5
         if family == "llama":

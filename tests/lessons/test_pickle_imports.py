@@ -343,7 +343,7 @@ def test_an_archive_looked_into_before_does_not_make_the_next_one_cheaper(seed):
 
 
 READS_THE_WEIGHTS = """
-import io, mmap, pickletools, struct, tracemalloc, zipfile, zlib
+import io, lzma, mmap, pickletools, struct, tracemalloc, zipfile, zlib
 from typing import Any
 {reference}
 honest, kept = pickle_imports, []

@@ -145,6 +145,7 @@ SAME_VERDICT = [
             "a line break after the object",
             "a tab after the object",
             "a name twice",
+            "a name twice, once escaped",
             "a key twice in the metadata",
         },
     ),

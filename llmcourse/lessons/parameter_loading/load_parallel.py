@@ -45,8 +45,10 @@ def load_parallel(
 
     What comes out is the same for any number of workers and any order in which reads
     end. Names new to `into` are added in the order of `shards`, those of a shard in the
-    order of its dict; names it has already are replaced. `into` changes only after the
-    last read has ended, and not at all when something is raised:
+    order of its dict; names it has already are replaced and keep their places. It gets
+    the very tensors that `read` gave, of whatever dtype, and old ones are not written
+    to. `into` changes only after the last read has ended, and not at all when something
+    is raised:
 
     - RuntimeError when `read` raises an Exception of any kind: the message names that
       shard and no other, and `__cause__` is what `read` raised. Of several shards that
@@ -182,7 +184,9 @@ class Storage:
 
 def checkpoint(rng: Rng, count: int) -> dict[str, dict[str, Tensor]]:
     """Shards in no order of their names, each with one to three small tensors."""
-    tensors = iter(rng.shuffled(f"block_{a}{b}.weight" for a in "abcdefgh" for b in "stuvwxyz"))
+    tensors = iter(
+        rng.shuffled(f"block_{a}{b}{c}.weight" for a in "abcdefgh" for b in "stuvwxyz" for c in "kmpq")
+    )
     codes = rng.shuffled(a + b + c for a in "bcdf" for b in "aeiou" for c in "lmnr")[:count]
     return {
         f"part-{code}.safetensors": {next(tensors): rng.normal(2, 3) for _ in range(rng.integer(1, 3))}
@@ -193,6 +197,11 @@ def checkpoint(rng: Rng, count: int) -> dict[str, dict[str, Tensor]]:
 def any_error(rng: Rng) -> Exception:
     """What reading a file may raise."""
     return rng.choice([OSError, ValueError, EOFError, KeyError])("unreadable")
+
+
+def rare_error(rng: Rng) -> Exception:
+    """What reading a file raises as well, now and then."""
+    return rng.choice([MemoryError, AttributeError, ZeroDivisionError, AssertionError])("unreadable")
 
 
 def slow_first(rng: Rng) -> Storage:
@@ -210,7 +219,14 @@ def failing_last(rng: Rng) -> Storage:
 def failing_twice(rng: Rng) -> Storage:
     """Two shards cannot be read; the first of them fails last."""
     ticks = [rng.integer(2, 4), 40, *(rng.integer(2, 4) for _ in range(4))]
-    return Storage(checkpoint(rng, 6), ticks, rng.integer(2, 3), {1: any_error(rng), 3: any_error(rng)})
+    return Storage(checkpoint(rng, 6), ticks, rng.integer(2, 3), {1: rare_error(rng), 3: any_error(rng)})
+
+
+def many_workers(rng: Rng) -> Storage:
+    """More workers than a processor has cores, and more shards than workers."""
+    workers = rng.integer(40, 44)
+    ticks = [rng.integer(2, 6) for _ in range(workers + rng.integer(3, 6))]
+    return Storage(checkpoint(rng, len(ticks)), ticks, workers)
 
 
 def twice_the_same_name(rng: Rng) -> Storage:
@@ -244,7 +260,7 @@ def failing_early(rng: Rng) -> Storage:
 
 def before(rng: Rng, names: Sequence[str] = ()) -> dict[str, Tensor]:
     """What `into` holds before anything is loaded: a tensor of another name, and old values for the names."""
-    return {name: rng.normal(1) for name in [*names, "optimizer.step"]}
+    return {**{name: rng.normal(2, 3) for name in names}, "optimizer.step": rng.normal(1)}
 
 
 def loads(
@@ -291,11 +307,33 @@ def loads(
 
 
 def loads_at_once(
-    answer: Callable[..., int], held: dict[str, dict[str, Tensor]], workers: int, into: dict[str, Tensor]
+    answer: Callable[..., int],
+    held: dict[str, dict[str, Tensor]],
+    workers: int,
+    into: dict[str, Tensor],
+    names: Iterable[str] = (),
 ) -> dict[str, object]:
-    """What came of a load whose reads take no time; `into` by name, since nothing says which read ends first."""
-    observed = loads(answer, held.__getitem__, list(held), workers, into)
-    return {"into": dict(sorted(into.items())), "ended": observed["ended"]}
+    """What came of a load whose reads take no time; `into` by name, since nothing says which read ends first.
+
+    Also the names that were first in `into` and are, the old tensors' values, which tensors are those that were read,
+    and with one worker the order of the reads.
+    """
+    first, old, begun = list(into), list(into.values()), []
+
+    def read(shard: str) -> dict[str, Tensor]:
+        begun.append(shard)
+        return held[shard]
+
+    observed = loads(answer, read, list(held), workers, into, names)
+    given = {id(tensor) for tensors in held.values() for tensor in tensors.values()}
+    return {
+        "into": dict(sorted(into.items())),
+        "ended": observed["ended"],
+        "first": list(into)[: len(first)],
+        "old tensors": old,
+        "given by read": sorted(name for name, tensor in into.items() if id(tensor) in given),
+        "order of reads": begun if workers == 1 else [],
+    }
 
 
 @case(load_parallel)
@@ -307,12 +345,31 @@ def any_number_of_workers(answer, rng):
     for workers in (1, rng.integer(2, 4), 9):
         into = before(rng, [replaced])
         observed[f"{workers} workers"] = loads_at_once(answer, held, workers, into)
+    kinds = [
+        rng.normal(5, 4)[:, 1:3],
+        rng.normal(3).to(torch.bfloat16),
+        rng.integers(-9, 9, 2, 2, dtype=torch.int8),
+        rng.normal(),
+        rng.normal(6, dtype=torch.float64)[::2],
+        torch.zeros(0, 3),
+        rng.normal(2, 3).T,
+    ]
+    several = {f"part-{i}": {f"tensor_{i}": kind} for i, kind in enumerate(rng.shuffled(kinds))}
+    observed["several dtypes"] = loads_at_once(
+        answer, {**several, "part-empty": {}}, 2, before(rng, ["tensor_0"])
+    )
     return {**observed, "no shards": loads_at_once(answer, {}, 2, before(rng))}
 
 
 @case(load_parallel, service=slow_first)
 def first_shard_ends_last(answer, rng, storage):
     """The first shard takes longer than all others together."""
+    return loads(answer, storage.read, storage.shards, storage.workers, before(rng))
+
+
+@case(load_parallel, service=many_workers)
+def as_many_as_workers(answer, rng, storage):
+    """Some forty workers: as many reads are under way at a time."""
     return loads(answer, storage.read, storage.shards, storage.workers, before(rng))
 
 
@@ -344,7 +401,15 @@ def one_name_in_two_shards(answer, rng, storage):
         return tensors
 
     observed = loads(answer, read, storage.shards, storage.workers, before(rng), names)
-    return {**observed, "another": loads_at_once(answer, checkpoint(rng, 3), 2, before(rng))}
+    held = checkpoint(rng, 4)
+    name, tensor = next(iter(held[min(held)].items()))
+    held[max(held)][name] = tensor.clone()  # of equal values, and still twice
+    equal = loads_at_once(answer, held, 1, before(rng), {n for tensors in held.values() for n in tensors})
+    return {
+        **observed,
+        "of equal values": equal,
+        "another": loads_at_once(answer, checkpoint(rng, 3), 2, before(rng)),
+    }
 
 
 @cost(load_parallel, share=1 / 6, authority="protocol", service=uneven)
@@ -393,7 +458,13 @@ def attempt(read: Callable[[str], dict[str, Tensor]], shard: str) -> dict[str, T
 @mistake(
     load_parallel,
     "Everything is read one after the other; only what is in memory is shared out to threads.",
-    fails=["first_shard_ends_last", "one_name_in_two_shards", "work_is_pulled"],
+    fails=[
+        "first_shard_ends_last",
+        "one_name_in_two_shards",
+        "work_is_pulled",
+        "any_number_of_workers",
+        "as_many_as_workers",
+    ],
 )
 def read_then_split(read, shards, workers, into):
     loaded: dict[str, dict[str, Tensor] | Exception] = {}
@@ -410,7 +481,13 @@ def read_then_split(read, shards, workers, into):
 @mistake(
     load_parallel,
     "Every shard gets a thread of its own, however many there are.",
-    fails=["first_shard_ends_last", "one_name_in_two_shards", "work_is_pulled", "failure_stops_reading"],
+    fails=[
+        "first_shard_ends_last",
+        "one_name_in_two_shards",
+        "work_is_pulled",
+        "failure_stops_reading",
+        "as_many_as_workers",
+    ],
 )
 def thread_per_shard(read, shards, workers, into):
     return load_by_pool(read, shards, max(len(shards), 1), into)
@@ -431,6 +508,141 @@ def load_by_pool(read, shards, workers, into):
         into,
         merged(shards, {s: ended(f) for s, f in futures.items() if not f.cancelled()}),
     )
+
+
+def load_otherwise(read, shards, workers, into, *, put=put):
+    """A right load, but for how what was read is put into `into`."""
+    loaded: dict[str, Tensor] = {}
+    load_by_pool(read, shards, workers, loaded)
+    return put(into, loaded)
+
+
+@mistake(
+    load_parallel,
+    "However many workers are asked for, no more than 32 threads are begun.",
+    fails=["as_many_as_workers"],
+)
+def at_most_32_threads(read, shards, workers, into):
+    return load_by_pool(read, shards, min(workers, 32), into)
+
+
+@mistake(
+    load_parallel,
+    "Shards are read in the order of their names.",
+    fails=["any_number_of_workers", "last_shard_fails", "two_shards_fail", "one_name_in_two_shards"],
+)
+def sorted_before_reading(read, shards, workers, into):
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {shard: pool.submit(read, shard) for shard in sorted(shards)}
+        wait(futures.values(), return_when=FIRST_EXCEPTION)
+        for future in futures.values():
+            future.cancel()
+    return put(into, merged(shards, {s: {} if f.cancelled() else ended(f) for s, f in futures.items()}))
+
+
+@mistake(
+    load_parallel,
+    "Bytes are counted at 4 a value, whatever the dtype.",
+    fails=["any_number_of_workers"],
+)
+def four_bytes_a_value(read, shards, workers, into):
+    def counted(into, tensors):
+        into.update(tensors)
+        return 4 * sum(tensor.numel() for tensor in tensors.values())
+
+    return load_otherwise(read, shards, workers, into, put=counted)
+
+
+@mistake(
+    load_parallel,
+    "Bytes are counted by storage: those of a view are not the tensor's.",
+    fails=["any_number_of_workers"],
+)
+def bytes_of_storages(read, shards, workers, into):
+    def counted(into, tensors):
+        into.update(tensors)
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+    return load_otherwise(read, shards, workers, into, put=counted)
+
+
+@mistake(
+    load_parallel,
+    "Copies what was read, so that the checkpoint is in memory twice.",
+    fails=["any_number_of_workers", "last_shard_fails", "two_shards_fail", "one_name_in_two_shards"],
+)
+def copied_once_more(read, shards, workers, into):
+    def copied(into, tensors):
+        return put(into, {name: tensor.clone() for name, tensor in tensors.items()})
+
+    return load_otherwise(read, shards, workers, into, put=copied)
+
+
+@mistake(
+    load_parallel,
+    "Writes the new values into the old tensors, where their shape is the same.",
+    fails=["any_number_of_workers"],
+)
+def written_into_old_tensors(read, shards, workers, into):
+    def written(into, tensors):
+        for name, tensor in tensors.items():
+            if name in into:
+                into[name].resize_(tensor.shape).copy_(tensor)
+        return put(into, {name: tensor for name, tensor in tensors.items() if name not in into}) + sum(
+            tensor.nbytes for name, tensor in tensors.items() if name in into and into[name] is not tensor
+        )
+
+    return load_otherwise(read, shards, workers, into, put=written)
+
+
+@mistake(
+    load_parallel,
+    "Takes replaced names out and puts them in again, at the end.",
+    fails=["any_number_of_workers"],
+)
+def replaced_at_the_end(read, shards, workers, into):
+    def moved(into, tensors):
+        for name in tensors:
+            into.pop(name, None)
+        return put(into, tensors)
+
+    return load_otherwise(read, shards, workers, into, put=moved)
+
+
+@mistake(
+    load_parallel,
+    "Expects the errors that files are known for, and lets every other out as it is.",
+    fails=["two_shards_fail", "failure_stops_reading"],
+)
+def known_errors_only(read, shards, workers, into):
+    try:
+        return load_by_pool(read, shards, workers, into)
+    except RuntimeError as error:
+        if isinstance(error.__cause__, OSError | ValueError | EOFError | KeyError):
+            raise
+        raise error.__cause__ from None
+
+
+@mistake(
+    load_parallel,
+    "A name that occurs twice passes where the values are equal.",
+    fails=["one_name_in_two_shards"],
+)
+def equal_ones_pass(read, shards, workers, into):
+    parts: dict[str, dict[str, Tensor]] = {}
+
+    def kept_apart(shard: str) -> dict[str, Tensor]:
+        parts[shard] = read(shard)
+        return {}
+
+    load_by_pool(kept_apart, shards, workers, {})
+    seen: dict[str, Tensor] = {}
+    for shard in shards:
+        for name in [name for name in parts[shard] if name in seen]:
+            if parts[shard][name].equal(seen[name]):
+                del parts[shard][name]
+        seen |= parts[shard]
+    return put(into, merged(shards, parts))
 
 
 @mistake(
@@ -463,6 +675,7 @@ def errors_swallowed(read, shards, workers, into):
         "one_name_in_two_shards",
         "work_is_pulled",
         "failure_stops_reading",
+        "as_many_as_workers",
     ],
 )
 def written_on_arrival(read, shards, workers, into):
@@ -489,7 +702,7 @@ def written_on_arrival(read, shards, workers, into):
 @mistake(
     load_parallel,
     "Results are taken in the order in which they arrive, so timing decides order and error.",
-    fails=["first_shard_ends_last", "two_shards_fail", "work_is_pulled"],
+    fails=["first_shard_ends_last", "two_shards_fail", "work_is_pulled", "as_many_as_workers"],
 )
 def order_of_arrival(read, shards, workers, into):
     tensors: dict[str, Tensor] = {}
@@ -564,7 +777,7 @@ def shares_beforehand(read, shards, workers, into):
 @mistake(
     load_parallel,
     "Every shard is read twice: once to look for names that occur twice, once to load it.",
-    fails=["first_shard_ends_last", "work_is_pulled"],
+    fails=["first_shard_ends_last", "work_is_pulled", "any_number_of_workers", "as_many_as_workers"],
 )
 def read_twice(read, shards, workers, into):
     load_by_pool(read, shards, workers, {})
@@ -606,6 +819,7 @@ def does_not_wait(read, shards, workers, into):
         "two_shards_fail",
         "one_name_in_two_shards",
         "work_is_pulled",
+        "as_many_as_workers",
     ],
 )
 def written_too_early(read, shards, workers, into):
@@ -681,6 +895,9 @@ def event_loop(read, shards, workers, into):
 
     async def every() -> None:
         free = asyncio.Semaphore(workers)
+        asyncio.get_running_loop().set_default_executor(
+            ThreadPoolExecutor(workers)
+        )  # its own has few threads
         await asyncio.gather(*(one(shard, free) for shard in shards))
 
     asyncio.run(every())

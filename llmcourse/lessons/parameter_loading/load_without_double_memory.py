@@ -15,7 +15,7 @@ from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from llmcourse.counting import PeakOfItem, memory_error_bytes, settle
-from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
+from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake, raised
 
 
 @exercise(
@@ -32,8 +32,9 @@ def load_without_double_memory(build: Callable[[], nn.Module], path: str) -> nn.
     """The module that `build()` makes, with the weights of the safetensors file at
     `path`, held in memory once.
 
-    Call `build()` once, with "meta" as torch's default device, so that it allocates
-    nothing. Return that module with all its parameters and buffers on the CPU:
+    Call `build()` once, with "meta" as torch's default device meanwhile, so that it
+    allocates nothing; afterwards, or when it raises, the default device is what it was.
+    Return that module with all its parameters and buffers on the CPU:
 
     - What its `state_dict` names comes from the file and keeps the file's dtype,
       whatever dtype `build` gave it. Parameters stay parameters with the
@@ -156,6 +157,20 @@ class NamedProjections(nn.Module):
             self.get_submodule(name).weight = self.get_parameter(f"{tied[0]}.weight")
 
 
+class Scaled(nn.Module):
+    """Owns a Parameter of one value, one of none, and a buffer that depends on the first; `inner` is a part of it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.scale, self.unused = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(0, 3))
+        self.inner = inner
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        # Not by arithmetic: for that torch imports its compiler on the meta device, for a second.
+        self.register_buffer("as_loaded", self.scale.detach().clone(), persistent=False)
+
+
 HEAD, BLOCKS = ("head.weight", "embed.weight"), ("blocks.0.weight", "blocks.1.weight")
 
 
@@ -267,6 +282,25 @@ def buffers_outside_the_file(answer, rng):
 
 
 @case(load_without_double_memory)
+def buffers_at_every_depth(answer, rng):
+    """Modules that own such buffers inside one another, the outermost among them; Parameters of one value and none."""
+    width, depth = 2 * rng.integer(2, 4), rng.integer(3, 4)
+
+    def build() -> nn.Module:
+        module: nn.Module = Projection(width)
+        for _ in range(depth):
+            module = Scaled(module)
+        return module
+
+    prefixes = ["inner." * level for level in range(depth)]
+    tensors = {f"{prefix}scale": rng.normal() for prefix in prefixes}
+    tensors |= {f"{prefix}unused": torch.zeros(0, 3) for prefix in prefixes}
+    last = "inner." * depth
+    tensors |= {f"{last}weight": rng.normal(width, width), f"{last}steps": rng.integers(1, 1000, 2)}
+    return seen(loads(answer, tensors, build))
+
+
+@case(load_without_double_memory)
 def frozen_parameters(answer, rng):
     """Some parameters are frozen when the module is built, and one of them is tied."""
     words, width = sizes(rng)
@@ -277,7 +311,7 @@ def frozen_parameters(answer, rng):
 
 @case(load_without_double_memory)
 def built_on_meta(answer, rng):
-    """Where torch makes tensors while `build` runs, and how often it runs."""
+    """Where torch makes tensors while `build` runs, how often it runs, and where afterwards, also when it raises."""
     words, width = sizes(rng)
     made, devices = [], []
 
@@ -286,8 +320,18 @@ def built_on_meta(answer, rng):
         made.append(Decoder(words, width, HEAD))
         return made[-1]
 
+    def fails() -> nn.Module:
+        devices.append(torch.get_default_device().type)
+        raise MemoryError("no layers")
+
+    afterwards = []
     module = loads(answer, drawn(rng, words, width, HEAD, HEAD[0]), build)
-    return {"devices": devices, "returned": [module is one for one in made], **seen(module)}
+    afterwards.append(str(torch.get_default_device()))
+    raised_by_build = raised(loads, answer, drawn(rng, words, width, HEAD, HEAD[0]), fails)
+    afterwards.append(str(torch.get_default_device()))
+    torch.set_default_device(None)
+    found = {"devices": devices, "afterwards": afterwards, "raised": raised_by_build}
+    return {**found, "returned": [module is one for one in made], **seen(module)}
 
 
 @case(load_without_double_memory)
@@ -461,6 +505,7 @@ def build_then_copy(build, path):
         "built_on_meta",
         "missing_or_unexpected",
         "other_shapes",
+        "buffers_at_every_depth",
     ],
 )
 def buffers_on_meta(build, path):
@@ -480,6 +525,7 @@ def buffers_on_meta(build, path):
         "built_on_meta",
         "missing_or_unexpected",
         "other_shapes",
+        "buffers_at_every_depth",
     ],
 )
 def buffers_without_values(build, path):
@@ -502,12 +548,67 @@ def buffers_without_values(build, path):
         "built_on_meta",
         "missing_or_unexpected",
         "other_shapes",
+        "buffers_at_every_depth",
     ],
 )
 def buffers_too_early(build, path):
     module = reset(on_meta(build))
     assign(module, checked(module, load_file(path)))
     return module
+
+
+def reset_some(
+    build: Callable[[], nn.Module], path: str, chosen: Callable[[nn.Module], Iterable]
+) -> nn.Module:
+    """A right load, but for which modules make their buffers anew."""
+    module = on_meta(build)
+    assign(module, checked(module, load_file(path)))
+    for part in chosen(module):
+        getattr(part, "reset_buffers", lambda: None)()
+    return module
+
+
+@mistake(
+    load_without_double_memory,
+    "Only modules without parts make their buffers anew.",
+    fails=["buffers_at_every_depth"],
+)
+def innermost_buffers_only(build, path):
+    return reset_some(build, path, lambda module: [m for m in module.modules() if not [*m.children()]])
+
+
+@mistake(
+    load_without_double_memory,
+    "The parts of the module make their buffers anew, and the module itself does not.",
+    fails=["buffers_at_every_depth"],
+)
+def outermost_buffers_forgotten(build, path):
+    return reset_some(build, path, lambda module: [part for part in module.modules() if part is not module])
+
+
+@mistake(
+    load_without_double_memory,
+    "Looks for buffers two modules deep and no deeper.",
+    fails=["buffers_at_every_depth"],
+)
+def buffers_two_deep(build, path):
+    def chosen(module):
+        return [part for name, part in module.named_modules() if name.count(".") < 2]
+
+    return reset_some(build, path, chosen)
+
+
+@mistake(
+    load_without_double_memory,
+    "Sets the default device and sets it back by hand: when `build` raises, it stays meta.",
+    fails=["built_on_meta"],
+)
+def default_device_left(build, path):
+    torch.set_default_device("meta")
+    module = build()
+    torch.set_default_device(None)
+    assign(module, checked(module, load_file(path)))
+    return reset(module)
 
 
 @mistake(
@@ -521,6 +622,7 @@ def buffers_too_early(build, path):
         "built_on_meta",
         "missing_or_unexpected",
         "other_shapes",
+        "buffers_at_every_depth",
     ],
 )
 def built_again_for_buffers(build, path):
@@ -675,10 +777,10 @@ def shared_map(build, path):
     raw = torch.from_file(path, shared=True, size=size_bytes, dtype=torch.uint8)
     stored = load_file(path)
     start = size_bytes - sum(tensor.nbytes for tensor in stored.values())
-    origin = min(tensor.data_ptr() for tensor in stored.values())
+    origin = min(tensor.data_ptr() for tensor in stored.values() if tensor.numel())
     mapped = {}
     for name, tensor in stored.items():
-        offset = start + tensor.data_ptr() - origin
+        offset = start + tensor.data_ptr() - origin if tensor.numel() else 0
         mapped[name] = raw[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
     assign(module, checked(module, mapped))
     return reset(module)

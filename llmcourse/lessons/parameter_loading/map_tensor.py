@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import json
 import math
 import mmap
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llmcourse.counting import can_read_memory, memory_error_bytes, on_tmpfs, settle
-from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
+from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake, raised
 
 
 @exercise(
@@ -65,7 +66,8 @@ def map_tensor(path: str, name: str) -> Tensor:
     Returns a contiguous, plain CPU tensor of this dtype and shape. Its storage holds
     its own bytes and no others, for torch.save writes whole storages. Its data_ptr() is
     a multiple of its item size; where the file's bytes do not lie so, for instance
-    behind a tensor of 3 bytes, and only there, it is a copy.
+    behind a tensor of 3 bytes, and only there, it is a copy. Large or small, every other
+    tensor is mapped. No descriptor stays open once the tensor is gone.
 
     The map is private: the tensor can be written to, and that changes neither the file
     nor what other calls return. The file may be replaced (os.replace) or deleted
@@ -145,6 +147,7 @@ def head(
     mixed: Rng | None = None,
     first: str | None = None,
     metadata: bool = True,
+    compact: bool = False,
 ) -> bytes:
     """Length and header of a file whose tensors lie one after the other; the data begins `pad % 8` bytes off.
 
@@ -159,7 +162,7 @@ def head(
     names = mixed.shuffled(told) if mixed else list(told)
     names.sort(key=lambda name: name != first)
     ordered = {name: told[name] for name in names}
-    text = json.dumps(ordered, ensure_ascii=False).encode()
+    text = json.dumps(ordered, ensure_ascii=compact, separators=(",", ":") if compact else None).encode()
     text += b" " * ((pad - len(text)) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -172,10 +175,13 @@ def write(
     pad: int = 8,
     first: str | None = None,
     metadata: bool = True,
+    compact: bool = False,
 ) -> None:
     """Write a file of random values, its header in another order than its data, `first` before all others."""
     data = b"".join(entry.drawn(rng) for entry in entries)
-    Path(path).write_bytes(head(entries, pad=pad, mixed=rng, first=first, metadata=metadata) + data)
+    Path(path).write_bytes(
+        head(entries, pad=pad, mixed=rng, first=first, metadata=metadata, compact=compact) + data
+    )
 
 
 def is_mapped(tensor: Tensor) -> bool:
@@ -333,6 +339,68 @@ def replaced_and_deleted(answer, rng):
         new = answer(path, "wanted")
         os.remove(path)
         return {"old": seen(old), "new": seen(new)}
+
+
+def lies_in(tensor: Any, path: str) -> bool | None:
+    """Whether a tensor's memory is a map of the file, as Linux lists maps; None where there is no such list."""
+    listed = Path("/proc/self/maps")
+    if not listed.exists() or not isinstance(tensor, Tensor):
+        return None
+    inode = os.stat(path).st_ino
+    for line in listed.read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        begin, end = (int(bound, 16) for bound in fields[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return int(fields[4]) == inode
+    return False
+
+
+@case(map_tensor)
+def mapped_wherever_it_fits(answer, rng):
+    """Tensors of every dtype, at places that fit and at some that do not: which are mapped (on Linux)."""
+    entries = [Entry("first", "U8", [8 * rng.integer(1, 99)])]
+    for dtype in rng.shuffled(DTYPES):
+        entries.append(Entry(dtype, dtype, [8, rng.integer(1, 5)]))
+    entries += [Entry("one", "I64", []), Entry("large", "F32", [2, 4 * rng.integer(2_000, 3_000)])]
+    entries += [Entry("half", "BF16", [2]), Entry("behind half", "F32", [2, 2]), Entry("odd", "I8", [3])]
+    entries += [
+        Entry("behind odd", "F16", [6, 1, 1]),
+        Entry("bytes", "U8", [2, 5]),
+        Entry("last", "F64", [1]),
+    ]
+    found = {}
+    with new_path() as path:
+        write(path, rng, entries)
+        for entry in entries:
+            tensor = answer(path, entry.name)
+            found[entry.name] = [lies_in(tensor, path), seen(tensor)]
+    return found
+
+
+@case(map_tensor)
+def many_tensors(answer, rng):
+    """A header of more than 512 KiB, as compact as it can be, with names that are escaped in it."""
+    entries = [Entry(f"layers.{i}.\u6743\u91cd.{rng.bytes(2).hex()}", "I16", [2, 1]) for i in range(6_000)]
+    with new_path() as path:
+        write(path, rng, entries, compact=True)
+        return [seen(answer(path, rng.choice(entries).name)) for _ in range(2)]
+
+
+@case(map_tensor)
+def nothing_stays_open(answer, rng):
+    """A few tensors are asked for and dropped: the descriptors that are open before and afterwards (on Linux)."""
+    entries = [Entry("wanted", "I32", [rng.integer(2, 9), 4]), Entry("none", "F32", [0])]
+    listed = Path("/proc/self/fd")
+    with new_path() as path:
+        write(path, rng, entries)
+        answer(path, "wanted")
+        gc.collect()
+        before = len(list(listed.iterdir())) if listed.exists() else 0
+        found = [seen(answer(path, name), torch.clone) for name in ("wanted", "none", "wanted")]
+        refused = raised(answer, path, "unknown")
+        gc.collect()
+        after = len(list(listed.iterdir())) if listed.exists() else 0
+    return {"found": found, "unknown": refused, "descriptors left open": after - before}
 
 
 # ---------------------------------------------------------------------------------------------------------- costs
@@ -559,6 +627,9 @@ def variant(**steps: Any) -> Callable[[str, str], Tensor]:
 
 
 WHEREVER_A_TENSOR_IS = (
+    "mapped_wherever_it_fits",
+    "many_tensors",
+    "nothing_stays_open",
     "every_dtype",
     "odd_places",
     "scalars_and_nothing",
@@ -573,7 +644,7 @@ WHEREVER_A_TENSOR_IS = (
 @mistake(
     map_tensor,
     "Reads the whole file and takes the tensor out of it.",
-    fails=["nothing_copied", "the_rest_left_alone"],
+    fails=["nothing_copied", "the_rest_left_alone", "mapped_wherever_it_fits"],
 )
 def whole_file_read(path, name):
     def raw(self, file, start, end):
@@ -586,7 +657,7 @@ def whole_file_read(path, name):
 @mistake(
     map_tensor,
     "Reads the tensor's bytes into memory of its own, as numpy.fromfile does; a map leaves them where they are.",
-    fails=["nothing_copied"],
+    fails=["nothing_copied", "mapped_wherever_it_fits"],
 )
 def own_bytes_read(path, name):
     def raw(self, file, start, end):
@@ -598,7 +669,7 @@ def own_bytes_read(path, name):
 @mistake(
     map_tensor,
     "Copies the values out of the map, as slicing a map or clone() does: only a buffer or a view shares its memory.",
-    fails=["nothing_copied"],
+    fails=["nothing_copied", "mapped_wherever_it_fits"],
 )
 def map_sliced(path, name):
     def raw(self, file, start, end):
@@ -606,6 +677,81 @@ def map_sliced(path, name):
             return torch.frombuffer(bytearray(mapped[start:end]), dtype=torch.uint8)
 
     return variant(raw=raw)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Maps large tensors and reads small ones, which are most of a model's.",
+    fails=["mapped_wherever_it_fits"],
+)
+def small_ones_read(path, name):
+    def raw(self, file, start, end):
+        if end - start > 1 << 20:
+            return Mapping.raw(self, file, start, end)
+        return torch.from_numpy(numpy.fromfile(path, numpy.uint8, end - start, offset=start))
+
+    return variant(raw=raw)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Copies what does not begin at a multiple of 8, though it would fit its dtype.",
+    fails=["mapped_wherever_it_fits"],
+)
+def aligned_to_eight(path, name):
+    return variant(aligned=lambda self, raw, start, item_bytes: raw.clone() if start % 8 else raw)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Copies the dtypes that numpy does not have.",
+    fails=["mapped_wherever_it_fits"],
+)
+def copied_for_numpy_s_sake(path, name):
+    found = variant()(path, name)
+    return found.clone() if found.dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2) else found
+
+
+@mistake(
+    map_tensor,
+    "Reads the first 512 KiB of the file and takes the header to be in them.",
+    fails=["many_tensors"],
+)
+def header_in_512_kib(path, name):
+    def header(self, file):
+        begin = file.read(1 << 19)
+        data_start = 8 + int.from_bytes(begin[:8], "little")
+        return json.loads(begin[8:data_start]), data_start
+
+    return variant(header=header)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Looks for the name in the header's text, where spaces and escapes may be other ones.",
+    fails=["many_tensors"],
+)
+def searched_in_the_text(path, name):
+    def header(self, file):
+        data_start = 8 + int.from_bytes(file.read(8), "little")
+        text = file.read(data_start - 8).decode()
+        key = f'"{name}": {{'
+        if name == "__metadata__" or key not in text:
+            raise KeyError(name)
+        entry, _ = json.JSONDecoder().raw_decode(text, text.index(key) + len(key) - 1)
+        return {name: entry}, data_start
+
+    return variant(header=header)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Opens the file with os.open and never closes it: a descriptor is lost with every tensor.",
+    fails=["nothing_stays_open"],
+)
+def descriptor_lost(path, name):
+    os.open(path, os.O_RDONLY)
+    return variant()(path, name)
 
 
 @mistake(
@@ -744,7 +890,7 @@ def eight_bytes_forgotten(path, name):
 @mistake(
     map_tensor,
     "Takes a tensor whose place does not fit its dtype as it lies: values that are not aligned.",
-    fails=["odd_places", "scalars_and_nothing"],
+    fails=["odd_places", "scalars_and_nothing", "mapped_wherever_it_fits"],
 )
 def not_aligned(path, name):
     return variant(aligned=lambda self, raw, start, item_bytes: raw)(path, name)
@@ -753,7 +899,7 @@ def not_aligned(path, name):
 @mistake(
     map_tensor,
     "Rounds an odd place down to a multiple of the item size, as indexing in values does: other values.",
-    fails=["odd_places", "scalars_and_nothing"],
+    fails=["odd_places", "scalars_and_nothing", "mapped_wherever_it_fits"],
 )
 def place_rounded(path, name):
     def tensor(self, path, name):
@@ -774,7 +920,7 @@ def place_rounded(path, name):
 @mistake(
     map_tensor,
     "Takes bfloat16 for float16, which has as many bits.",
-    fails=["every_dtype", "odd_places", "scalars_and_nothing"],
+    fails=["every_dtype", "odd_places", "scalars_and_nothing", "mapped_wherever_it_fits"],
 )
 def bfloat16_as_float16(path, name):
     return variant(types={**DTYPES, "BF16": torch.float16})(path, name)
@@ -783,7 +929,7 @@ def bfloat16_as_float16(path, name):
 @mistake(
     map_tensor,
     "Widens bfloat16 to float32, because numpy has no bfloat16.",
-    fails=["every_dtype", "odd_places", "scalars_and_nothing"],
+    fails=["every_dtype", "odd_places", "scalars_and_nothing", "mapped_wherever_it_fits"],
 )
 def bfloat16_widened(path, name):
     found = variant()(path, name)
@@ -793,7 +939,7 @@ def bfloat16_widened(path, name):
 @mistake(
     map_tensor,
     "Leaves the dtypes that numpy lacks as bytes: float8 comes back as uint8.",
-    fails=["every_dtype", "odd_places"],
+    fails=["every_dtype", "odd_places", "mapped_wherever_it_fits"],
 )
 def float8_as_bytes(path, name):
     return variant(types={**DTYPES, "F8_E4M3": torch.uint8, "F8_E5M2": torch.uint8})(path, name)
@@ -802,7 +948,7 @@ def float8_as_bytes(path, name):
 @mistake(
     map_tensor,
     "Takes E4M3 and E5M2 for the same float8.",
-    fails=["every_dtype"],
+    fails=["every_dtype", "mapped_wherever_it_fits"],
 )
 def one_float8(path, name):
     return variant(types={**DTYPES, "F8_E5M2": torch.float8_e4m3fn})(path, name)
@@ -811,7 +957,7 @@ def one_float8(path, name):
 @mistake(
     map_tensor,
     "Gives a scalar shape [1].",
-    fails=["scalars_and_nothing"],
+    fails=["scalars_and_nothing", "mapped_wherever_it_fits"],
 )
 def scalars_of_one_dimension(path, name):
     return variant(shaped=lambda self, flat, shape: flat.view(shape or [1]))(path, name)
@@ -820,7 +966,7 @@ def scalars_of_one_dimension(path, name):
 @mistake(
     map_tensor,
     "Maps a tensor without values, but no bytes cannot be mapped.",
-    fails=["scalars_and_nothing"],
+    fails=["scalars_and_nothing", "nothing_stays_open"],
 )
 def nothing_mapped(path, name):
     def nothing(self, shape, dtype, file):
@@ -855,8 +1001,16 @@ def metadata_expected(path, name):
     map_tensor,
     "Takes the first entry of the header for __metadata__, and drops it.",
     fails=[
-        *("every_dtype", "odd_places", "scalars_and_nothing", "unknown_names", "written_to"),
-        *("replaced_and_deleted", "nothing_copied", "the_rest_left_alone"),
+        "every_dtype",
+        "odd_places",
+        "scalars_and_nothing",
+        "unknown_names",
+        "written_to",
+        "replaced_and_deleted",
+        "nothing_copied",
+        "the_rest_left_alone",
+        "mapped_wherever_it_fits",
+        "nothing_stays_open",
     ],
 )
 def first_entry_dropped(path, name):
@@ -904,7 +1058,7 @@ def metadata_as_tensor(path, name):
 @mistake(
     map_tensor,
     "Returns None for a tensor that is not there.",
-    fails=["unknown_names"],
+    fails=["unknown_names", "nothing_stays_open"],
 )
 def none_for_unknown(path, name):
     try:

@@ -138,11 +138,13 @@ def keys_missing_or_null(answer, rng):
 
 @case(parameter_count)
 def biases_asked_for(answer, rng):
-    """A Llama with attention_bias, then with mlp_bias."""
+    """A Llama with attention_bias, with mlp_bias, with both, and with both of them False."""
     config = configuration(rng, "llama", head_dim=8 * rng.integer(9, 12))
     return {
         "attention": answer({**config, "attention_bias": True}),
         "mlp": answer({**config, "mlp_bias": True}),
+        "both": answer({**config, "attention_bias": True, "mlp_bias": True}),
+        "neither": answer({**config, "attention_bias": False, "mlp_bias": False}),
     }
 
 
@@ -160,14 +162,38 @@ def biases_not_read(answer, rng):
 
 
 @case(parameter_count)
+def the_same_keys_in_every_family(answer, rng):
+    """Each family with tied embeddings, with keys left out, and with heads of another width."""
+    observed = {}
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        config = configuration(rng, family)
+        observed[f"{family}, tied"] = answer({**config, "tie_word_embeddings": True})
+        left_out = ("num_key_value_heads", "tie_word_embeddings")
+        observed[f"{family}, left out"] = answer({k: v for k, v in config.items() if k not in left_out})
+        width = config["hidden_size"] // config["num_attention_heads"]
+        for what, head_dim in (("narrower", width - 2 * rng.integer(1, 4)), ("wider", 2 * width)):
+            observed[f"{family}, {what} heads"] = answer({**config, "head_dim": head_dim})
+    return observed
+
+
+@case(parameter_count)
+def hundreds_of_billions(answer, rng):
+    """A Llama as large as the largest: 32 bits do not hold the number of its parameters."""
+    sizes = {"hidden_size": 16_384, "num_attention_heads": 128, "num_key_value_heads": 8}
+    layers = {"num_hidden_layers": rng.integer(110, 130), "intermediate_size": 53_248 - rng.integer(1, 999)}
+    return {"count": answer({**configuration(rng, "llama", **sizes, **layers), "vocab_size": 128_256})}
+
+
+@case(parameter_count)
 def other_families(answer, rng):
-    """A family that is built otherwise is refused, beside one that is not."""
+    """Families that are built otherwise, some of a name that begins alike, are refused, beside one that is not."""
     config = configuration(rng, rng.choice(["llama", "mistral"]))
-    other = {
-        **config,
-        "model_type": rng.choice(["mixtral", "gpt2", "deepseek_v3", "qwen3_moe", "mamba", "opt"]),
-    }
-    return {"count": answer(config), "other": raised(answer, other)}
+    known = rng.choice(["mixtral", "gpt2", "deepseek_v3", "mamba", "opt"])
+    alike = rng.choice(["llama4_text", "mistral3", "mistral4", "qwen3_next", "qwen2_vl", "qwen2_5_vl"])
+    others = {"known": known, "moe": rng.choice(["qwen2_moe", "qwen3_moe"]), "alike": alike}
+    others["new"] = f"model_{rng.bytes(3).hex()}"
+    refused = {what: raised(answer, {**config, "model_type": other}) for what, other in others.items()}
+    return {"count": answer(config), **refused}
 
 
 @cost(parameter_count, share=1 / 3)
@@ -353,6 +379,60 @@ def keys_required(config):
 def any_family(config):
     known = config["model_type"] in ("llama", "mistral", "qwen2", "qwen3")
     return counted(config if known else {**config, "model_type": "llama"})
+
+
+@mistake(
+    parameter_count, "Refuses the families it has heard of, and counts every other as if it were a Llama."
+)
+def some_families_refused(config):
+    refused = ("mixtral", "gpt2", "deepseek_v3", "mamba", "opt", "qwen2_moe", "qwen3_moe", "gemma", "phi")
+    if config["model_type"] in refused:
+        raise ValueError("model_type")
+    return any_family(config)
+
+
+@mistake(parameter_count, "Goes by how a family's name begins: qwen2_moe is taken for qwen2.")
+def families_by_prefix(config):
+    known = ("llama", "mistral", "qwen2", "qwen3")
+    family = next((name for name in known if config["model_type"].startswith(name)), "")
+    return counted({**config, "model_type": family})
+
+
+@mistake(
+    parameter_count, "Reads head_dim for Llama and Qwen3 only; Mistral-Nemo's is not hidden / heads either."
+)
+def head_dim_of_some_families(config):
+    return counted(config if config["model_type"] in ("llama", "qwen3") else {**config, "head_dim": None})
+
+
+@mistake(parameter_count, "Only Qwens are taken to be tied; a Llama of 1 B is as well.")
+def tied_in_some_families(config):
+    tied = config["model_type"].startswith("qwen") and config.get("tie_word_embeddings")
+    return counted({**config, "tie_word_embeddings": tied})
+
+
+@mistake(
+    parameter_count, "Takes num_key_value_heads, where it is left out, from the library's defaults: 8 or 32."
+)
+def defaults_of_the_library(config):
+    default = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(config["model_type"])
+    return counted(config, default_key_value_heads=default)
+
+
+@mistake(parameter_count, "Looks at mlp_bias only where there is no attention_bias.")
+def one_kind_of_bias(config):
+    return counted({**config, "mlp_bias": config.get("mlp_bias") and not config.get("attention_bias")})
+
+
+@mistake(parameter_count, "Takes a bias key that is there for True, whatever it says.")
+def bias_keys_that_are_there(config):
+    there = {key: True for key in ("attention_bias", "mlp_bias") if config.get(key) is not None}
+    return counted({**config, **there})
+
+
+@mistake(parameter_count, "Counts in 32 bits, which overflow at two billions.")
+def thirty_two_bits(config):
+    return (counted(config) + (1 << 31)) % (1 << 32) - (1 << 31)
 
 
 @mistake(parameter_count, "Allocates a tensor as large as each matrix to ask for its size.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import lzma
 import pathlib
 import pickle
 import pickletools
@@ -110,6 +111,8 @@ def pickle_imports(data: bytes) -> list[tuple[str, str]]:
                 found.add((module, name))
             elif op.name.startswith("EXT"):
                 found.add(("extension registry", str(argument)))
+            elif op.name == "OBJ" and stack[-1] is pickletools.markobject:
+                raise ValueError("OBJ finds no class above its mark")
             elif op.name == "MEMOIZE":
                 memo[len(memo)] = stack[-1]
                 pushed = stack[-1:]
@@ -145,7 +148,9 @@ def pickle_imports(data: bytes) -> list[tuple[str, str]]:
                 follow(pickletools.genops(stream))
     except (IndexError, KeyError) as error:
         raise ValueError("an opcode finds too little on the stack or in the memo") from error
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error) as error:
+        raise ValueError(f"an archive that is damaged: {error}") from error
+    except (OSError, EOFError, RuntimeError) as error:
         raise ValueError(f"an archive that cannot be read: {error}") from error
     return sorted(found)
     ### END SOLUTION
@@ -633,6 +638,13 @@ class InTheirArguments(Files):
             "only a text": text(f"c{m}\n{n}\n") + stop,
             "only bytes": pickle.SHORT_BINBYTES + bytes([8]) + b"cos\nrm\n." + stop,
             "only an identifier from outside": pickle.PERSID + line(f"{m} {n}") + stop,
+            "an identifier that begins like an archive": pickle.PERSID
+            + b"K\5\6 "
+            + line(m)
+            + pickle.POP
+            + pickle.GLOBAL
+            + pair
+            + stop,
             "an identifier from the stack": text(f"{m} {n}") + pickle.BINPERSID + stop,
             "nothing": pickle.NONE + stop,
         }
@@ -725,12 +737,18 @@ class Containers(Files):
         stored = archive(good)
         place = stored.index(inside) + rng.integer(3, len(inside) - 3)
         packed = archive(good, compression=zipfile.ZIP_DEFLATED)
+        long_packed = archive(good, compression=zipfile.ZIP_LZMA)
         begins = 30 + len("archive/data.pkl")  # behind the first member's header
         return {
             "torch.save": buffer.getvalue(),
             "like it": stored,
             "compressed": packed,
             "two pickles": archive({**good, "archive/constants.pkl": other}),
+            "a drawn name": archive({f"{word(rng)}/{word(rng)}.pkl": inside, "data/0": garbage}),
+            "compressed with LZMA": long_packed,
+            "compressed with LZMA, a byte changed": long_packed[: begins + 9]
+            + b"\xff"
+            + long_packed[begins + 10 :],
             "another name": archive({"model/weights.pkl": inside, "data/0": garbage}),
             "one name twice": archive({**good, TWIN.decode(): other}),
             "one name twice, the first harmless": archive({"archive/data.pkl": b"N.", TWIN.decode(): other}),
@@ -780,6 +798,7 @@ class Malformed(Files):
             "one value for a pair": seen + pickle.TUPLE2 + stop,
             "no mark": seen + both + pickle.TUPLE + stop,
             "no list under the mark": pickle.MARK + seen + pickle.APPENDS + seen + stop,
+            "an object without a class": seen + pickle.MARK + pickle.OBJ + pickle.TUPLE2 + stop,
             "a memo entry never made": seen + pickle.BINGET + bytes([rng.integer(0, 9)]) + stop,
             "names: one text": seen + pickle.POP + text(m) + end,
             "names: none": FROM_STACK + seen + stop,
@@ -867,7 +886,7 @@ class Reading:
     texts: tuple[str, ...] = tuple(TEXTS)
     caught: tuple[type[Exception], ...] = (IndexError, KeyError)
     damaged: tuple[type[Exception], ...] = (
-        *(zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError),
+        *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, RuntimeError),
     )
 
     def __init__(self, data: bytes) -> None:
@@ -915,6 +934,8 @@ class Reading:
             self.from_stack()
         elif op.name.startswith("EXT"):
             self.extension(argument)
+        elif op.name == "OBJ":
+            self.look_for_class()
         self.move(op, argument)
 
     def add(self, module: str, name: str) -> None:
@@ -925,6 +946,10 @@ class Reading:
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError("names")
         self.add(module, name)
+
+    def look_for_class(self) -> None:
+        if self.stack[-1] is pickletools.markobject:
+            raise IndexError("no class")
 
     def extension(self, code: int) -> None:
         self.add("extension registry", str(code))
@@ -982,6 +1007,47 @@ class Reading:
 def variant(**steps: Any) -> type[Reading]:
     """A reader with some steps replaced."""
     return type("Variant", (Reading,), steps)
+
+
+@mistake(
+    pickle_imports,
+    "Takes what begins with PK for an archive; so does a pickle with an identifier from outside.",
+    fails=["names_in_arguments"],
+)
+def two_letters_of_an_archive(data):
+    return variant(is_archive=lambda self: self.data.startswith(b"PK"))(data).read()
+
+
+@mistake(
+    pickle_imports,
+    "Knows pickles in an archive by the names that torch gives them.",
+    fails=["in_archives"],
+)
+def names_torch_gives(data):
+    def members(self, archive):
+        known = ("data.pkl", "constants.pkl", "weights.pkl", "more.pkl")
+        return [archive.read(each) for each in archive.infolist() if each.filename.endswith(known)]
+
+    return variant(members=members)(data).read()
+
+
+@mistake(
+    pickle_imports,
+    "Lets OBJ make an object of no class: it takes all above the mark, were it nothing.",
+    fails=["malformed"],
+)
+def object_of_no_class(data):
+    return variant(look_for_class=lambda self: None)(data).read()
+
+
+@mistake(
+    pickle_imports,
+    "Of damaged archives it knows those packed with zlib; LZMA has errors of its own.",
+    fails=["in_archives"],
+)
+def errors_of_zlib_only(data):
+    damaged = tuple(kind for kind in Reading.damaged if kind is not lzma.LZMAError)
+    return variant(damaged=damaged)(data).read()
 
 
 @mistake(pickle_imports, "Loads it and looks which modules are new: by then everything in it has been run.")
@@ -1153,7 +1219,7 @@ def archive_not_opened(data):
 @mistake(
     pickle_imports,
     "Asks zipfile.is_zipfile, which finds an archive anywhere in a file, also inside a pickle that is loaded as one.",
-    fails=["one_after_the_other"],
+    fails=["one_after_the_other", "names_in_arguments"],
 )
 def archive_anywhere(data):
     return variant(is_archive=lambda self: zipfile.is_zipfile(io.BytesIO(self.data)))(data).read()

@@ -94,10 +94,10 @@ def links(rng: Rng, slowest: str = "disk", ranks: int = 1) -> dict[str, float]:
             "network_gbit_per_s": 80.0 * ranks * rng.integer(20, 50),
             "device_gb_per_s": disk,
         }
-    network = rng.integer(4, 12) if slowest == "network" else 100 * rng.integer(1, 8)
+    network = rng.integer(40, 120) / 10 if slowest == "network" else 100.0 * rng.integer(1, 8)
     return {
         "disk_gb_per_s": disk,
-        "network_gbit_per_s": network / 1.0,
+        "network_gbit_per_s": network,
         "device_gb_per_s": 10.0 * rng.integer(2, 6),
     }
 
@@ -159,28 +159,31 @@ def one_reads_and_broadcasts(answer, rng):
 
 @case(plan_load)
 def one_after_another(answer, rng):
-    """Nothing overlaps: the three ways to read."""
-    ranks = rng.integer(3, 16)
-    parameters, rates = weights(rng, ranks), links(rng)
-    ways = ("slices", "everything", "broadcast")
-    found = {how: answer(parameters, ranks, how, overlap=False, **rates) for how in ways}
-    rates = links(rng, "network")
-    return {**found, "slow network": answer(parameters, ranks, "broadcast", overlap=False, **rates)}
+    """Nothing overlaps: the three ways to read, to many ranks, to two, and to one, whichever link is slow."""
+    found = {}
+    for ranks in (rng.integer(3, 16), 2, 1):
+        parameters = weights(rng, ranks)
+        for slowest in ("disk", "network", "device"):
+            for how in ("slices", "everything", "broadcast"):
+                found[f"{how}, {slowest}, {min(ranks, 3)}"] = answer(
+                    parameters, ranks, how, overlap=False, **links(rng, slowest, ranks)
+                )
+    return found
 
 
 @case(plan_load)
 def training_resumed(answer, rng):
     """AdamW's state is loaded with the weights, overlapped and not."""
     ranks = rng.integer(3, 16)
-    parameters, rates = weights(rng, ranks), links(rng, rng.choice(["disk", "device"]), ranks)
-    found = {
-        f"{how}, overlap={overlap}": answer(parameters, ranks, how, overlap=overlap, resume=True, **rates)
+    parameters = weights(rng, ranks)
+    return {
+        f"{how}, {slowest}, overlap={overlap}": answer(
+            parameters, ranks, how, overlap=overlap, resume=True, **links(rng, slowest, ranks)
+        )
         for how in ("slices", "everything", "broadcast")
+        for slowest in ("disk", "network", "device")
         for overlap in (True, False)
     }
-    rates = links(rng, "network")
-    slow = answer(parameters, ranks, "broadcast", overlap=True, resume=True, **rates)
-    return {**found, "slow network": slow}
 
 
 @case(plan_load)
@@ -196,13 +199,42 @@ def hardly_any_parameters(answer, rng):
 
 
 @case(plan_load)
+def more_than_a_float_counts(answer, rng):
+    """So many parameters that a float rounds their number: the bytes are integers, and exact."""
+    ranks = rng.integer(3, 9)
+    parameters = (1 << 62) + ranks * rng.integer(1, 99) + 1
+    ways = ("slices", "everything", "broadcast")
+    return {how: answer(parameters, ranks, how, overlap=True, resume=True, **links(rng)) for how in ways}
+
+
+@case(plan_load)
+def as_long_as_another(answer, rng):
+    """Two links that take exactly as long: the first of them is named."""
+    parameters, rate = weights(rng, 1), float(rng.integer(2, 9))
+    slow, fast = {"disk": rate, "network": 8 * rate, "device": rate}, {"network": 800.0, "device": 100.0}
+    found = {}
+    for quick in ((), ("device",), ("network",)):
+        rates = slow | {link: fast[link] for link in quick}
+        disk, network, device = rates.values()
+        options = {"disk_gb_per_s": disk, "network_gbit_per_s": network, "device_gb_per_s": device}
+        found[f"quick: {quick}"] = [
+            answer(2 * parameters, 2, "broadcast", overlap=overlap, **options) for overlap in (True, False)
+        ]
+        found[f"quick: {quick}, one rank"] = answer(parameters, 1, "slices", overlap=True, **options)
+    halves = {"disk_gb_per_s": 2 * rate, "network_gbit_per_s": 8 * rate, "device_gb_per_s": rate / 2}
+    return {**found, "network and device": answer(2 * parameters, 2, "broadcast", overlap=True, **halves)}
+
+
+@case(plan_load)
 def other_ways(answer, rng):
-    """A way to read that does not exist, beside one that does."""
+    """Ways to read that do not exist, beside one that does."""
     ranks = rng.integer(3, 16)
     parameters, rates = weights(rng, ranks), links(rng)
-    other = rng.choice(["slice", "all", "scatter", "ring", "", "Broadcast"])
+    other = rng.choice(["slice", "all", "scatter", "ring", "", "Broadcast", "slices "])
+    new = f"way_{rng.bytes(3).hex()}"
     return {
         "other": raised(answer, parameters, ranks, other, overlap=True, **rates),
+        "new": raised(answer, parameters, ranks, new, overlap=False, **rates),
         "slices": answer(parameters, ranks, "slices", overlap=True, **rates),
     }
 
@@ -474,6 +506,42 @@ def any_way(*arguments, **options):
     return variant(known=Everything())(*arguments, **options)
 
 
+@mistake(plan_load, "Knows some ways that do not exist, and takes every other for slices.")
+def some_ways_refused(*arguments, **options):
+    class Others:
+        def __contains__(self, how):
+            return how not in ("slice", "all", "scatter", "ring", "", "Broadcast", "slices ")
+
+    return variant(known=Others())(*arguments, **options)
+
+
+@mistake(plan_load, "Names the last of the links that take longest, not the first.")
+def last_of_a_tie(*arguments, **options):
+    def bottleneck(self, crossing, seconds):
+        return max(zip(seconds, range(3), crossing, strict=True))[2]
+
+    return variant(bottleneck=bottleneck)(*arguments, **options)
+
+
+@mistake(plan_load, "Divides with / and rounds up what that gives: a float counts exactly to 2^53 only.")
+def divided_in_floats(*arguments, **options):
+    def part(self, parameters, ranks, per_parameter):
+        return math.ceil(parameters / ranks) * per_parameter
+
+    return variant(part=part)(*arguments, **options)
+
+
+@mistake(plan_load, "Takes the slowest stage in any case where one rank has everything for itself.")
+def one_rank_overlaps(parameters, ranks, how, *, overlap, **options):
+    return variant()(parameters, ranks, how, overlap=overlap or ranks == 1, **options)
+
+
+@mistake(plan_load, "Names the disk, which comes first, wherever the stages come in turn.")
+def first_stage_named(parameters, ranks, how, *, overlap, **options):
+    seconds, crossing, link = variant()(parameters, ranks, how, overlap=overlap, **options)
+    return seconds, crossing, link if overlap else "disk"
+
+
 @alternative(plan_load, "Reasons with exact fractions of seconds and turns them into floats at the end")
 def in_fractions(
     parameters,
@@ -490,11 +558,11 @@ def in_fractions(
     whole, part = parameters * per_parameter, (parameters + ranks - 1) // ranks * per_parameter
     match how:
         case "slices":
-            crossing = {"device": part, "disk": whole, "network": 0}
+            crossing = {"device": part, "network": 0, "disk": whole}
         case "everything":
-            crossing = {"device": part, "disk": whole * ranks, "network": 0}
+            crossing = {"device": part, "network": 0, "disk": whole * ranks}
         case "broadcast":
-            crossing = {"device": part, "disk": whole, "network": whole * bool(ranks - 1)}
+            crossing = {"device": part, "network": whole * bool(ranks - 1), "disk": whole}
         case _:
             raise ValueError(how)
     gigabits = {"disk": 8 * disk_gb_per_s, "network": network_gbit_per_s, "device": 8 * device_gb_per_s}

@@ -28,8 +28,8 @@ from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake
     hints=(
         "Trust nothing: compare the header's length with the file's size before you read it, and let the byte ranges, "
         "sorted, prove that they cover the data from its first byte to its last.",
-        "json.loads keeps the last of two equal names, guesses encodings when it is given bytes, and gives true as a "
-        "bool, which Python counts as an int; object_pairs_hook sees the names before they are merged.",
+        "json.loads keeps the last of two equal names, guesses encodings when it is given bytes, takes NaN for JSON, "
+        "and gives true as a bool, which Python counts as an int; object_pairs_hook sees names before they are merged.",
     ),
 )
 def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
@@ -46,9 +46,9 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     `{`; spaces, and nothing else, may follow it. It holds {name: {"dtype": ...,
     "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from
     the first byte of the data, and may hold `__metadata__`, an object whose values are
-    strings. The ranges cover all the data: no gap, no overlap, nothing left over. shape
-    [] is one value; a 0 in a shape means no values and no bytes; no tensor at all is
-    allowed.
+    strings. Other keys of an entry mean nothing. The ranges cover all the data: no gap,
+    no overlap, nothing left over. shape [] is one value; a 0 in a shape means no values
+    and no bytes; no tensor at all is allowed.
 
     Bytes a value: 1 for BOOL U8 I8 F8_E4M3 F8_E5M2, 2 for U16 I16 F16 BF16, 4 for U32
     I32 F32, 8 for U64 I64 F64.
@@ -57,8 +57,9 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     not named here, an entry without its three keys or with others' types in them (true
     and 1.0 are not integers), a negative number, a range whose length is not the
     shape's, JSON nested too deeply for the parser. A name twice in one object is
-    refused, and so is a space before `{`: the format's text forbids both, although the
-    library (safetensors 0.8.0) accepts them.
+    refused, however it is escaped, and so is a space before `{`: the format's text
+    forbids both, although the library (safetensors 0.8.0) accepts them. NaN and
+    Infinity are no JSON.
 
     Read no more than the 8 bytes and the header, and never ask for more than the file
     holds: N may claim 2**62. The library's own readers are switched off.
@@ -82,6 +83,9 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
             raise ValueError("a name stands twice in the header")
         return dict(pairs)
 
+    def no_json(word: str) -> None:
+        raise ValueError(f"{word} is not JSON")
+
     data_start = 8 + int.from_bytes(reader.read(0, 8), "little")
     if data_start > reader.size_bytes:
         raise ValueError(f"the header ends at byte {data_start} of a file of {reader.size_bytes}")
@@ -89,7 +93,7 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     if not text.startswith("{") or not text.rstrip(" ").endswith("}"):
         raise ValueError("the header is not one object, from { to }, with spaces behind it")
     try:
-        header = json.loads(text, object_pairs_hook=distinct)
+        header = json.loads(text, object_pairs_hook=distinct, parse_constant=no_json)
     except RecursionError:
         raise ValueError("the header is nested too deeply") from None
 
@@ -251,7 +255,25 @@ class EveryType(Files):
         mixed = {name: entries[name] for name in rng.shuffled(entries)}
         note = {"__metadata__": {"format": "pt", "note": rng.bytes(3).hex()}}
         plain = json.dumps({**mixed, **note}, ensure_ascii=False)
+        odd = [
+            "",
+            " ",
+            "__scale__",
+            "_metadata_",
+            "dtype",
+            "a/b",
+            "a.b",
+            "A.b",
+            " a.b",
+            "a\u00e9",
+            "\U0001f600",
+        ]
+        many = entries_of([(f"experts.{i}.weight.{rng.bytes(2).hex()}", "U8", [1]) for i in range(900)])
         return {
+            "odd names": packed(
+                entries_of([(name, "I8", [3]) for name in rng.shuffled(odd)]), bytes(3 * len(odd))
+            ),
+            "a header of more than 64 KiB": packed(many, rng.bytes(len(many))),
             "plain": packed(mixed, data),
             "with metadata": packed(plain, data),
             "padded with spaces": packed(plain + " " * rng.integer(1, 9), data),
@@ -261,7 +283,7 @@ class EveryType(Files):
 
 @case(read_header, service=EveryType)
 def every_type(answer, rng, files):
-    """Files with a tensor of every type, with metadata, spaces after the header, a name that is not ASCII."""
+    """Files with a tensor of every type, with metadata, spaces after the header, odd names, 900 tensors."""
     return outcomes(answer, files, refusal)
 
 
@@ -314,6 +336,9 @@ class WrongLengths(Files):
                 entries, data, length=len(good) + rng.integer(0, 99)
             ),
             "header said to have 2^62 bytes": packed(entries, data, length=1 << 62),
+            "header said to have 2^63 bytes": packed(entries, data, length=1 << 63),
+            "header said to have 2^64 - 1 bytes": packed(entries, data, length=(1 << 64) - 1),
+            "header said to have 2^64 - 8 bytes": packed(entries, data, length=(1 << 64) - 8),
             "header said to be 4 GiB longer": packed(entries, data, length=length + (1 << 32)),
             "header said to be 2^56 bytes longer": packed(entries, data, length=length + (1 << 56)),
             "header said to be one byte shorter": packed(entries, data, length=length - 1),
@@ -386,6 +411,8 @@ class WrongTexts(Files):
             "a byte order mark": packed(b"\xef\xbb\xbf" + text.encode(), data),
             "UTF-16": packed(text.encode("utf-16-le"), data),
             "not UTF-8": packed(text.replace("layers", "läyers").encode("latin-1"), data),
+            "a surrogate": packed(text.encode().replace(b"layers", b"\xed\xa0\x80"), data),
+            "a line break in a name": packed(text.replace("layers", "lay\ners", 1), data),
             "not JSON": packed(text.replace(":", "=", 1), data),
             "something after the object": packed(text + " {}", data),
             "a line break after the object": packed(text + "\n", data),
@@ -394,11 +421,19 @@ class WrongTexts(Files):
             "an array": packed(f"[{text}]", data),
             "no header at all": packed(b"", b""),
             "a name twice": packed(twice, data),
+            "a name twice, once escaped": packed(
+                twice[:-1].replace(f', "{name}"', f', "\\u006c{name[1:]}"') + "}", data
+            ),
+            "NaN where nobody looks": packed(text.replace('"dtype"', '"x": NaN, "dtype"', 1), data),
+            "infinity where nobody looks": packed(
+                text.replace('"dtype"', '"x": [-Infinity], "dtype"', 1), data
+            ),
             "a key twice in an entry": packed(text.replace('"dtype"', '"dtype": "F32", "dtype"', 1), data),
             "a key twice in the metadata": packed(
                 f'{{"__metadata__": {{"a": "{words}", "a": "{words}"}}, {text[1:]}', data
             ),
             "nested too deeply": packed('{"a":' + "[" * 100_000 + "]" * 100_000 + "}", b""),
+            "objects nested too deeply": packed('{"a":' * 100_000 + "{}" + "}" * 100_000, b""),
         }
 
 
@@ -424,6 +459,7 @@ class WrongEntries(Files):
 
         return {
             "intact": with_tail(),
+            "other keys": with_tail(x=[rng.integer(1, 9)], note={"shape": [2], "dtype": None}),
             "no dtype": without("dtype"),
             "no shape": without("shape"),
             "no offsets": without("data_offsets"),
@@ -438,12 +474,16 @@ class WrongEntries(Files):
             "two negative sizes": with_tail(shape=[-1, -1]),
             "a size of 1.0": with_tail(shape=[1.0]),
             "a size of true": with_tail(shape=[True]),
+            "a size of false": packed(
+                {**entries, "tail": {**tail, "shape": [False], "data_offsets": [end] * 2}}, data
+            ),
             "a size of NaN": with_tail(shape=[float("nan")]),
             "one offset": with_tail(data_offsets=[end]),
             "three offsets": with_tail(data_offsets=[end, end + 1, end + 1]),
             "offsets that are texts": with_tail(data_offsets=[str(end), str(end + 1)]),
             "offsets with a fraction": with_tail(data_offsets=[float(end), float(end + 1)]),
             "an offset of true": packed({"a": tail | {"data_offsets": [0, True]}}, b"\1"),
+            "an offset of false": packed({"a": tail | {"data_offsets": [False, 1]}}, b"\1"),
             "a negative offset": packed({"a": tail | {"shape": [2], "data_offsets": [-1, 1]}}, b"\1"),
             "metadata with a number": packed({"__metadata__": {"step": end}, **entries}, data),
             "metadata with an object": packed({"__metadata__": tail, **entries}, data),
@@ -527,9 +567,12 @@ class Parsing:
             raise ValueError("twice")
         return dict(pairs)
 
+    def constant(self, word: str) -> Any:
+        raise ValueError("constant")
+
     def header(self, text: str | bytes) -> Any:
         try:
-            return json.loads(text, object_pairs_hook=self.distinct)
+            return json.loads(text, object_pairs_hook=self.distinct, parse_constant=self.constant)
         except RecursionError:
             raise ValueError("depth") from None
 
@@ -607,6 +650,102 @@ def big_endian(reader):
 @mistake(read_header, "Reads the header's length from 4 bytes and skips the others.")
 def four_byte_length(reader):
     return variant(length=lambda self: int.from_bytes(self.reader.read(0, 4), "little"))(reader).parsed()
+
+
+@mistake(read_header, "Reads the header's length with a sign: from 2^63 on it is negative.")
+def signed_length(reader):
+    def length(self):
+        return int.from_bytes(self.reader.read(0, 8), "little", signed=True)
+
+    return variant(length=length)(reader).parsed()
+
+
+@mistake(read_header, "Reads 64 KiB and takes the header to be in them; that of many tensors is larger.")
+def header_in_64_kib(reader):
+    def raw_header(self, length):
+        return self.reader.read(8, min(length, 1 << 16))
+
+    return variant(raw_header=raw_header)(reader).parsed()
+
+
+@mistake(read_header, "Leaves out every name that begins with two underscores, not __metadata__ alone.")
+def every_dunder_skipped(reader):
+    return {name: found for name, found in Parsing(reader).parsed().items() if not name.startswith("__")}
+
+
+@mistake(read_header, "Leaves out tensors without a name, as if an empty one were none.")
+def nameless_left_out(reader):
+    return {name: found for name, found in Parsing(reader).parsed().items() if name}
+
+
+@mistake(read_header, "Parses with strict=False, which lets line breaks stand in names as they are.")
+def control_characters(reader):
+    def header(self, text):
+        try:
+            return json.loads(
+                text, object_pairs_hook=self.distinct, parse_constant=self.constant, strict=False
+            )
+        except RecursionError:
+            raise ValueError("depth") from None
+
+    return variant(header=header)(reader).parsed()
+
+
+@mistake(read_header, "Decodes with surrogatepass, which takes surrogates for UTF-8.")
+def surrogates_decoded(reader):
+    def text(self, raw):
+        return Parsing.text(self, raw.decode("utf-8", "surrogatepass").encode("utf-8", "replace"))
+
+    return variant(text=text)(reader).parsed()
+
+
+@mistake(
+    read_header, "Looks for a name's second place in the text, where an escape makes it look like another."
+)
+def names_compared_as_text(reader):
+    def text(self, raw):
+        found = Parsing.text(self, raw)
+        self.escaped = "\\u006c" in found
+        return found
+
+    def distinct(self, pairs):
+        return dict(pairs) if self.escaped else Parsing.distinct(self, pairs)
+
+    return variant(text=text, distinct=distinct)(reader).parsed()
+
+
+@mistake(read_header, "Counts square brackets to see what is too deep; objects nest as well.")
+def only_lists_too_deep(reader):
+    def header(self, text):
+        if text.count("[") > 10_000:
+            raise ValueError("depth")
+        return json.loads(text, object_pairs_hook=self.distinct, parse_constant=self.constant)
+
+    return variant(header=header)(reader).parsed()
+
+
+@mistake(read_header, "Refuses true where a number is asked for, and takes false for 0.")
+def false_as_zero(reader):
+    def check_numbers(self, numbers):
+        if any(number is True or not isinstance(number, int) or number < 0 for number in numbers):
+            raise ValueError("numbers")
+
+    return variant(check_numbers=check_numbers)(reader).parsed()
+
+
+@mistake(read_header, "Lets NaN and Infinity through, which json.loads takes and JSON does not have.")
+def not_a_number_accepted(reader):
+    return variant(constant=lambda self, word: 0)(reader).parsed()
+
+
+@mistake(read_header, "Refuses entries with other keys beside the three.")
+def other_keys_refused(reader):
+    def check_entry(self, entry):
+        Parsing.check_entry(self, entry)
+        if len(entry) > 3:
+            raise ValueError("keys")
+
+    return variant(check_entry=check_entry)(reader).parsed()
 
 
 @mistake(read_header, "Returns the offsets as the header has them, counted from the data, not from the file.")
@@ -793,7 +932,7 @@ def other_errors(reader):
 @mistake(read_header, "A header of a hundred thousand brackets ends in a RecursionError.")
 def recursion_escapes(reader):
     def header(self, text):
-        return json.loads(text, object_pairs_hook=self.distinct)
+        return json.loads(text, object_pairs_hook=self.distinct, parse_constant=self.constant)
 
     return variant(header=header)(reader).parsed()
 

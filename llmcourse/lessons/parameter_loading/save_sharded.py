@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import hashlib
 import json
 import os
@@ -195,6 +196,15 @@ class Recorder:
         )
         if not self._busy and not reads:
             self._note("change")
+            if event == "open" and (arguments[2] or 0) & os.O_TRUNC:
+                self._note("change", emptied=self._inode(arguments[0]))
+
+    def _inode(self, path):
+        """Number of the file that is about to be emptied, 0 where there is none of that name."""
+        try:
+            return os.stat(path).st_ino
+        except OSError:
+            return 0
 
     def _sync(self, file):
         descriptor = file if isinstance(file, int) else file.fileno()
@@ -206,7 +216,7 @@ class Recorder:
             if status.st_ino in self._files:
                 self._note(f"synced {self._files[status.st_ino]}")
 
-    def _note(self, event):
+    def _note(self, event, emptied=0):
         self._busy = True
         seen = []
         for name in sorted(os.listdir(self.folder)):
@@ -220,6 +230,7 @@ class Recorder:
             with open(descriptor, "rb", closefd=False) as file:
                 raw = file.read()
             inode = os.fstat(descriptor).st_ino
+            raw = b"" if inode == emptied else raw
             if inode in self._files:
                 os.close(descriptor)
             else:
@@ -456,6 +467,18 @@ def folder_at(recorded: Any, moment: int) -> dict[str, bytes]:
     return {name: recorded["contents"][content] for name, _, content in recorded["moments"][moment][1]}
 
 
+def judge_saved_again(observed: Any, expected: Any) -> str | None:
+    """Judge of a case that saves again over what crashes may leave."""
+    for which, wanted in expected.items():
+        if not observed[which]["again"]:
+            return f"{which}: nothing was seen of the save"
+        for files, returned in observed[which]["again"]:
+            problem = checkpoint_problem(dict(files), returned, wanted)
+            if problem is not None:
+                return f"{which}, over what a crash left: {problem}"
+    return None
+
+
 def judge_crashes(observed: Any, expected: Any) -> str | None:
     """Judge of a case that recorded several saves."""
     end = None
@@ -501,6 +524,9 @@ def ties_and_views(answer, rng):
         "embed.first_rows": table[: rows // 2],
         "embed.transposed": table.T,
         "embed.flat": table.view(-1),
+        **dict.fromkeys(("scale.a", "scale.b"), rng.normal(1)),
+        "part.a": fused[1:, ::3],
+        "part.b": fused[1:, ::3],
         "square": fused[:4, :4],
         "square.transposed": fused[:4, :4].T,
         "q": fused[:, :columns],
@@ -517,7 +543,7 @@ def ties_and_views(answer, rng):
         "eighth": rng.normal(6).to(torch.float8_e4m3fn),
     }
     tensors = {name: tensors[name] for name in rng.shuffled(tensors)}
-    tied = dict.fromkeys(tied_names[1:], tied_names[0])
+    tied = {**dict.fromkeys(tied_names[1:], tied_names[0]), "scale.b": "scale.a", "part.b": "part.a"}
     max_bytes = rng.integer(6_000, 9_000)
     with tempfile.TemporaryDirectory() as folder:
         others = [
@@ -549,6 +575,15 @@ def filled_to_the_limit(answer, rng):
         return saved(answer, folder, tensors, max_bytes)
 
 
+@case(save_sharded, judge=judge_files, free_shapes=True)
+def names_longer_than_tensors(answer, rng):
+    """Many tensors of one value, whose names take most of a file."""
+    names = [f"{i:02}.scale_of_{'a_layer_with_a_long_name_' * 4}" for i in range(rng.integer(40, 50))]
+    tensors = {name: rng.normal(1) for name in rng.shuffled(names)}
+    with tempfile.TemporaryDirectory() as folder:
+        return saved(answer, folder, tensors, rng.integer(3_000, 4_000))
+
+
 @case(save_sharded, judge=judge_orders, free_shapes=True)
 def order_of_the_dict(answer, rng):
     """The same tensors in two orders, into two empty folders."""
@@ -566,16 +601,74 @@ def order_of_the_dict(answer, rng):
 
 @case(save_sharded, judge=judge_crashes, free_shapes=True)
 def over_an_old_checkpoint(answer, rng):
-    """A crash at any moment of the first save, of one that replaces it, and of one that saves the same again."""
+    """A crash at any moment of a first save, of one that replaces it, of the same again, of values swapped."""
     tensors = layers(rng, 6)
     max_bytes = rng.integer(3_500, 4_500)
     trained = {name: tensor + rng.normal(tensor.numel()) for name, tensor in tensors.items()}
+    # Two values of a tensor change places, at its end (but not in the first one), then at its beginning.
+    at_the_end = {n: torch.cat([t[:-2], t[-2:].flip(0)]) for n, t in trained.items() if n != min(trained)}
+    at_the_end = {**trained, **at_the_end}
+    at_the_beginning = {n: torch.cat([t[:2].flip(0), t[2:]]) for n, t in at_the_end.items()}
     with tempfile.TemporaryDirectory() as folder:
         return {
             "first": recorded(answer, folder, tensors, max_bytes),
             "second": recorded(answer, folder, trained, max_bytes),
             "same again": recorded(answer, folder, trained, max_bytes),
+            "values at the end": recorded(answer, folder, at_the_end, max_bytes),
+            "values at the beginning": recorded(answer, folder, at_the_beginning, max_bytes),
         }
+
+
+@case(save_sharded, judge=judge_crashes, free_shapes=True)
+def with_another_limit(answer, rng):
+    """A crash while tensors are dealt out otherwise to as many files as before, and while all but the first change."""
+    unit = rng.integer(90, 110)
+    sizes = {"a.first": 15 * unit, "b.second": 10 * unit, "c.third": 4 * unit}
+    tensors = {name: rng.normal(sizes[name]) for name in rng.shuffled(sizes)}
+    alone = {name: rng.normal(15 * unit) for name in rng.shuffled(["d.frozen", "e.trained", "f.trained"])}
+    trained = {n: t if n == "d.frozen" else t + rng.normal(15 * unit) for n, t in alone.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "first": recorded(answer, folder, tensors, 4 * 28 * unit),
+            "second": recorded(answer, folder, tensors, 4 * 22 * unit),
+            "a file each": recorded(answer, folder, alone, 4 * 16 * unit),
+            "all but the first": recorded(answer, folder, trained, 4 * 16 * unit),
+        }
+
+
+def left_by(record):
+    """The folders that crashes of a recorded save may leave, each once; of a file without its bytes nothing is left."""
+    found = {}
+    for _, state in crashes(record["moments"]):
+        found.setdefault(tuple(sorted(state.items(), key=str)), state)
+    chosen = list(found.values())
+    return [
+        {n: b"" if content is None else record["contents"][content] for n, content in state.items()}
+        for state in chosen[:: len(chosen) // 60 + 1]
+    ]
+
+
+@case(save_sharded, judge=judge_saved_again, free_shapes=True)
+def after_a_crash(answer, rng):
+    """A first save, and one over it, are stopped at any moment; then the same is saved again, or something else."""
+    first, max_bytes = layers(rng, 4, low=20, high=30), rng.integer(550, 600)
+    second, third = ({n: rng.normal(t.numel()) for n, t in first.items()} for _ in range(2))
+    observed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for tensors in (first, second):
+            record = recorded(answer, folder, tensors, max_bytes)
+            inputs = {key: record[key] for key in ("tied", "others", "max_bytes")}
+            which = "first" if tensors is first else "second"
+            for what, following in ((which, tensors), (f"{which}, then another", third)):
+                again = []
+                for left in left_by(record):
+                    with tempfile.TemporaryDirectory() as other:
+                        for name, content in left.items():
+                            Path(other, name).write_bytes(content)
+                        seen = saved(answer, other, following, max_bytes)
+                        again.append([seen["files"], seen["returned"]])
+                observed[what] = {"again": again, "tensors": list(following.items()), **inputs}
+    return observed
 
 
 @case(save_sharded, judge=judge_crashes, free_shapes=True)
@@ -584,7 +677,9 @@ def over_another_program_s(answer, rng):
     max_bytes = rng.integer(3_500, 4_500)
     observed = {}
     for old_count, new in (("4", layers(rng, 5)), ("1", layers(rng, 6))):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as outer:
+            folder = f"{outer}/run[{old_count}], *.safetensors"  # a name, and no pattern
+            os.mkdir(folder)
             weight_map = {}
             for number in range(1, int(old_count) + 1):
                 shard = f"model-{number:05}-of-{int(old_count):05}.safetensors"
@@ -732,7 +827,7 @@ def variant(**steps: Any) -> type[Saving]:
 @mistake(
     save_sharded,
     "Shards are named 00001-of-00003 as in the last save, so they overwrite it one after the other.",
-    fails=["over_an_old_checkpoint"],
+    fails=["over_an_old_checkpoint", "with_another_limit"],
 )
 def names_reused(tensors, folder, max_bytes):
     return variant(tag=lambda self, raw: "")(tensors, folder, max_bytes).run()
@@ -741,7 +836,7 @@ def names_reused(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "The tag is made of names and shapes; trained on, the model has the same ones.",
-    fails=["over_an_old_checkpoint"],
+    fails=["over_an_old_checkpoint", "with_another_limit"],
 )
 def tag_of_names(tensors, folder, max_bytes):
     def tag(self, raw):
@@ -757,8 +852,195 @@ def tag_of_names(tensors, folder, max_bytes):
 
 @mistake(
     save_sharded,
+    "The tag is made of the first tensor; where it is frozen, the other files change under their old names.",
+    fails=["over_an_old_checkpoint", "with_another_limit"],
+)
+def tag_of_the_first_tensor(tensors, folder, max_bytes):
+    def tag(self, raw):
+        first = save({"": self.values(next(iter(self.kept)))})
+        return "-" + hashlib.sha256(first).hexdigest()[:12]
+
+    return variant(tag=tag)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "The tag is made of a file's first kilobyte, which is hardly more than its header.",
+    fails=["over_an_old_checkpoint"],
+)
+def tag_of_the_beginning(tensors, folder, max_bytes):
+    def tag(self, raw):
+        return "-" + hashlib.sha256(raw[:1024]).hexdigest()[:12]
+
+    return variant(tag=tag)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "The tag is made of a sum of the values, which stays when two of them change places.",
+    fails=["over_an_old_checkpoint"],
+)
+def tag_of_a_sum(tensors, folder, max_bytes):
+    def tag(self, raw):
+        data = raw[8 + int.from_bytes(raw[:8], "little") :]
+        return f"-{len(raw)}x{sum(data)}"
+
+    return variant(tag=tag)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "The tag is made of the first file; where what is in that is frozen, the others change under their old names.",
+    fails=["with_another_limit"],
+)
+def tag_of_the_first_file(tensors, folder, max_bytes):
+    first: list[bytes] = []
+
+    def tag(self, raw):
+        first.append(raw)
+        return "-" + hashlib.sha256(first[0]).hexdigest()[:12]
+
+    return variant(tag=tag)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "One tag is made of all the tensors; with another limit other ones lie in the file of that name.",
+    fails=["with_another_limit"],
+)
+def tag_of_the_whole(tensors, folder, max_bytes):
+    def tag(self, raw):
+        whole = save({name: self.values(name) for name in self.kept})
+        return "-" + hashlib.sha256(whole).hexdigest()[:12]
+
+    return variant(tag=tag)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Shards are written under their final names, which is safe only where no index names them yet.",
+    fails=["over_an_old_checkpoint", "with_another_limit"],
+)
+def shards_in_place(tensors, folder, max_bytes):
+    def put(self, name, raw):
+        if name == INDEX:
+            return Saving.put(self, name, raw)
+        Path(self.path(name)).write_bytes(raw)
+        return self.sync(self.path(name))
+
+    return variant(put=put)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Shards that are there already are trusted, though a crash may have left a name without its bytes.",
+    fails=["after_a_crash"],
+)
+def names_trusted(tensors, folder, max_bytes):
+    def put(self, name, raw):
+        if name == INDEX:
+            return Saving.put(self, name, raw)
+        if not os.path.exists(self.path(name)):
+            Path(self.path(name)).write_bytes(raw)
+        return self.sync(self.path(name))
+
+    return variant(put=put)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Nothing more is done where the index is the same as before, so what an interrupted save left stays.",
+    fails=["after_a_crash"],
+)
+def done_with_the_index(tensors, folder, max_bytes):
+    def commit(self, files, index):
+        path = Path(self.path(INDEX))
+        if not path.exists() or path.read_bytes() != index:
+            Saving.commit(self, files, index)
+
+    return variant(commit=commit)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Clears up only where an index was there before: a first save that was interrupted leaves its files for ever.",
+    fails=["after_a_crash"],
+)
+def cleared_up_after_an_index(tensors, folder, max_bytes):
+    there = os.path.exists(os.path.join(folder, INDEX))
+
+    def surplus(self, files):
+        return Saving.surplus(self, files) if there else []
+
+    return variant(surplus=surplus)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Looks for old files with a pattern that has the folder's name in it, brackets, stars and all.",
+    fails=["over_another_program_s"],
+)
+def folder_as_a_pattern(tensors, folder, max_bytes):
+    def surplus(self, files):
+        patterns = (os.path.join(self.folder, end) for end in ("*.tmp", "model-*.safetensors"))
+        found = [os.path.basename(path) for pattern in patterns for path in glob.glob(pattern)]
+        return [name for name in found if name not in files]
+
+    return variant(surplus=surplus)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Takes 120 bytes of header for every tensor, however long its name is.",
+    fails=["names_longer_than_tensors"],
+)
+def header_guessed(tensors, folder, max_bytes):
+    def fits(self, shard):
+        return 60 + sum(self.kept[name].nbytes + 120 for name in shard) <= self.max_bytes
+
+    return variant(fits=fits)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Fills files to 91 % and hopes that the header fits into the rest.",
+    fails=["names_longer_than_tensors", "after_a_crash"],
+)
+def a_share_for_the_header(tensors, folder, max_bytes):
+    def fits(self, shard):
+        return sum(self.kept[name].nbytes for name in shard) <= 0.91 * self.max_bytes
+
+    return variant(fits=fits)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Tensors of one value are never taken for tied.",
+    fails=["ties_and_views"],
+)
+def one_value_not_tied(tensors, folder, max_bytes):
+    def identity(self, name):
+        return name if self.tensors[name].numel() < 2 else Saving.identity(self, name)
+
+    return variant(identity=identity)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
+    "Only contiguous tensors are taken for tied.",
+    fails=["ties_and_views"],
+)
+def views_not_tied(tensors, folder, max_bytes):
+    def identity(self, name):
+        return Saving.identity(self, name) if self.tensors[name].is_contiguous() else name
+
+    return variant(identity=identity)(tensors, folder, max_bytes).run()
+
+
+@mistake(
+    save_sharded,
     "The index is replaced before the shards it names are there.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def index_first(tensors, folder, max_bytes):
     def commit(self, files, index):
@@ -775,7 +1057,7 @@ def index_first(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "The old checkpoint is removed before the new one is there.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def old_removed_first(tensors, folder, max_bytes):
     def commit(self, files, index):
@@ -788,7 +1070,7 @@ def old_removed_first(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "The old shards are removed before the index is replaced.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def old_shards_removed_early(tensors, folder, max_bytes):
     def commit(self, files, index):
@@ -805,7 +1087,7 @@ def old_shards_removed_early(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "Files are written under their final names; a crash leaves half of the index.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def written_in_place(tensors, folder, max_bytes):
     def put(self, name, raw):
@@ -818,7 +1100,7 @@ def written_in_place(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "Renames a file whose bytes were never synced: after a power cut the name may be there without them.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def bytes_not_synced(tensors, folder, max_bytes):
     def put(self, name, raw):
@@ -831,7 +1113,7 @@ def bytes_not_synced(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "Syncs a file before Python's buffer was flushed into it: nothing is on the disk yet.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def synced_before_the_flush(tensors, folder, max_bytes):
     def put(self, name, raw):
@@ -846,7 +1128,7 @@ def synced_before_the_flush(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "The folder is never synced: after a power cut the index may be new and a shard's name not there.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def names_not_synced(tensors, folder, max_bytes):
     return variant(sync_names=lambda self: None)(tensors, folder, max_bytes).run()
@@ -855,7 +1137,7 @@ def names_not_synced(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "The folder is synced once, at the end, when the order of the renames is already lost.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "with_another_limit"],
 )
 def names_synced_once(tensors, folder, max_bytes):
     def commit(self, files, index):
@@ -870,7 +1152,7 @@ def names_synced_once(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "Old shards and what interrupted saves left are never removed.",
-    fails=["over_an_old_checkpoint", "over_another_program_s"],
+    fails=["over_an_old_checkpoint", "over_another_program_s", "after_a_crash", "with_another_limit"],
 )
 def nothing_removed(tensors, folder, max_bytes):
     return variant(remove=lambda self, names: None)(tensors, folder, max_bytes).run()
@@ -879,7 +1161,7 @@ def nothing_removed(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "Only the old index's shards are removed; what interrupted saves left stays for ever.",
-    fails=["over_another_program_s"],
+    fails=["over_another_program_s", "after_a_crash"],
 )
 def leftovers_stay(tensors, folder, max_bytes):
     path = os.path.join(folder, INDEX)
@@ -908,6 +1190,9 @@ def folder_emptied(tensors, folder, max_bytes):
         "order_of_the_dict",
         "over_an_old_checkpoint",
         "over_another_program_s",
+        "after_a_crash",
+        "names_longer_than_tensors",
+        "with_another_limit",
     ],
 )
 def total_in_values(tensors, folder, max_bytes):
@@ -926,6 +1211,9 @@ def total_in_values(tensors, folder, max_bytes):
         "order_of_the_dict",
         "over_an_old_checkpoint",
         "over_another_program_s",
+        "after_a_crash",
+        "names_longer_than_tensors",
+        "with_another_limit",
     ],
 )
 def total_of_files(tensors, folder, max_bytes):
@@ -945,7 +1233,14 @@ def total_with_ties(tensors, folder, max_bytes):
 @mistake(
     save_sharded,
     "Only the data is held to the limit; the header puts the file over it.",
-    fails=["filled_to_the_limit", "order_of_the_dict", "over_an_old_checkpoint", "over_another_program_s"],
+    fails=[
+        "filled_to_the_limit",
+        "order_of_the_dict",
+        "over_an_old_checkpoint",
+        "over_another_program_s",
+        "after_a_crash",
+        "names_longer_than_tensors",
+    ],
 )
 def header_forgotten(tensors, folder, max_bytes):
     def fits(self, shard):
@@ -980,6 +1275,9 @@ def only_the_last_shard(tensors, folder, max_bytes):
         "order_of_the_dict",
         "over_an_old_checkpoint",
         "over_another_program_s",
+        "after_a_crash",
+        "names_longer_than_tensors",
+        "with_another_limit",
     ],
 )
 def a_file_each(tensors, folder, max_bytes):
@@ -1091,6 +1389,9 @@ def order_of_memory(tensors, folder, max_bytes):
         "order_of_the_dict",
         "over_an_old_checkpoint",
         "over_another_program_s",
+        "after_a_crash",
+        "names_longer_than_tensors",
+        "with_another_limit",
     ],
 )
 def format_left_out(tensors, folder, max_bytes):
