@@ -15,8 +15,8 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 AUDIT  ?= --sample --mutants 4
 SEED   ?= 0
 LAB    ?=
-# Files side by side, the tests of one file after another; with one thread each, or they wait for each other's.
-PYTEST ?= -n auto --maxprocesses 4 --dist loadfile
+# Side by side, with one thread each, or they wait for each other's; those of one xdist_group after one another.
+PYTEST ?= -n auto --maxprocesses 4 --dist loadgroup
 NOTEBOOKS = $(wildcard solutions/*/*.ipynb)
 # A learner's ways through JupyterLab; .ci/run adds Run All of every lesson (BROWSER=tests/browser).
 BROWSER ?= $(wildcard tests/browser/test_lesson.py tests/browser/test_interview.py)

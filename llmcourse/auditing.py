@@ -223,7 +223,7 @@ def audit(
         if progress is not None:
             progress(exercise.name)
         try:
-            return audit_exercise(engine, exercise, numbers, mutants)
+            return audit_exercise(engine, exercise, numbers, mutants, mutants)
         finally:
             idle.put(engine)
 
@@ -236,9 +236,16 @@ def audit(
 
 
 def audit_exercise(
-    engine: Engine, exercise: Exercise, seeds: Sequence[int], most_mutants: int | None
+    engine: Engine,
+    exercise: Exercise,
+    seeds: Sequence[int],
+    most_mutants: int | None,
+    most_mistakes: int | None = None,
 ) -> ExerciseAudit:
-    """Everything the audit demands of one exercise over the seeds; of mistakes and mutants at most so many."""
+    """Everything the audit demands of one exercise over the seeds; of mutants and mistakes at most so many, if given.
+
+    Sampled mistakes are judged on the first seed alone.
+    """
     found = ExerciseAudit(exercise)
     expected = {seed: engine.expected(exercise, seed) for seed in seeds}
 
@@ -247,7 +254,7 @@ def audit_exercise(
 
     _audit_reference(engine, found, verdict, seeds)
     _audit_stub(found, verdict, seeds[0])
-    if most_mutants is None:
+    if most_mistakes is None:
         # All of them in whole first: naming then finds every outcome known, and forks for none of its questions.
         for mistake in exercise.mistakes.values():
             for seed in seeds:
@@ -255,7 +262,7 @@ def audit_exercise(
                 engine.run(exercise, ours, list(exercise.items.values()), seed, expected[seed])
         _audit_mistakes(engine, found, verdict, seeds, list(exercise.mistakes.values()))
     else:
-        chosen = _sample(list(exercise.mistakes.values()), most_mutants, seeds[0])
+        chosen = _sample(list(exercise.mistakes.values()), most_mistakes, seeds[0])
         _audit_mistakes(engine, found, verdict, seeds[:1], chosen)
     _audit_alternatives(engine, found, verdict, seeds)
     _audit_lazy(engine, found, seeds[0], expected[seeds[0]])

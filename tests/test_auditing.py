@@ -63,6 +63,16 @@ def problems(engine, exercise, most: int | None = 0) -> list[str]:
     return audit_exercise(engine, exercise, SEEDS, most).problems
 
 
+def test_a_sample_of_mistakes_is_drawn_by_the_seed_and_counted(engine, tmp_path):
+    exercise = written(tmp_path, "sampled")
+    tried = set()
+    for seed in range(6):
+        found = audit_exercise(engine, exercise, [seed, seed + 1, seed + 2], 0, 1)
+        assert (found.problems, found.mistakes, found.killed, found.recognised) == ([], 1, 1, 1)
+        tried |= set(found.killed_by)
+    assert tried == set(exercise.mistakes)
+
+
 def test_a_sound_exercise_has_no_problem_and_its_numbers_say_so(engine, tmp_path):
     found = audit_exercise(engine, written(tmp_path, "cut_to_limit"), SEEDS, None)
     assert found.problems == []
@@ -331,10 +341,15 @@ def audited(exercise, **numbers) -> ExerciseAudit:
 
 def test_the_kill_rate_counts_mistakes_and_mutants_and_leaves_out_what_is_excused(tmp_path):
     exercise = written(tmp_path, "rated")
-    whole = audited(exercise, killed=2, mutants=10, mutants_killed=9, excused=1)
+    whole = audited(exercise, mistakes=2, killed=2, mutants=10, mutants_killed=9, excused=1)
     assert AuditReport((whole,), SEEDS).kill_rate == 1.0
     half = audited(
-        exercise, killed=1, mutants=10, mutants_killed=5, excused=0, problems=["mistake upper passes"]
+        exercise,
+        mistakes=2,
+        killed=1,
+        mutants=10,
+        mutants_killed=5,
+        problems=["mistake upper passes"],
     )
     report = AuditReport((whole, half), SEEDS)
     assert report.kill_rate == (2 + 9 + 1 + 5) / (2 + 9 + 2 + 10)

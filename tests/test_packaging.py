@@ -307,7 +307,7 @@ STAGES = [
     ("ruff format --check", "-m ruff format --check ."),
     ("mypy", "-m mypy"),
     ("pytest", "-m pytest"),
-    ("audit --sample", "-m llmcourse.cli audit --sample --seed 0"),
+    ("audit --sample", "-m llmcourse.cli audit --sample --mutants 4 --seed 0"),
     ("notebooks", "-m llmcourse.notebook --check"),
     ("browser", "-m pytest -m browser tests/browser/test_lesson.py"),
 ]

@@ -331,8 +331,9 @@ def resumed(answer, rng, saved):
     gradients = Gradients(parameters, rng, loaded["betas"])
     gradients.averages = loaded["averages"]
     seen = []
-    for missing in ((1,), (), (), (0,), (), ()):
-        gradients.give(missing=missing)
+    # Loud at first: beside a much louder m every gradient would be too small for the betas to decide a sign.
+    for missing, size in (((1,), 60.0), ((), 30.0), ((), 10.0), ((0,), 3.0), ((), 1.0), ((), 1.0)):
+        gradients.give(missing=missing, size=size)
         optimizer.step()
         seen.append(values(parameters))
     return seen
