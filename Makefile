@@ -17,6 +17,8 @@ SEED   ?= 0
 LAB    ?=
 # Side by side, with one thread each, or they wait for each other's; those of one xdist_group after one another.
 PYTEST ?= -n auto --maxprocesses 4 --dist loadgroup
+# Stock nbgrader over every lesson and every mutant of the specimens wait for .ci/run (SLOW=), as most of the audit.
+SLOW   ?= and not slow
 NOTEBOOKS = $(wildcard solutions/*/*.ipynb)
 # A learner's ways through JupyterLab; .ci/run adds Run All of every lesson (BROWSER=tests/browser).
 BROWSER ?= $(wildcard tests/browser/test_lesson.py tests/browser/test_interview.py)
@@ -50,7 +52,7 @@ test: $(STAMP)
 	@echo "== mypy"
 	@$(PY) -m mypy
 	@echo "== pytest: tests, doctests"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) tests llmcourse
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -m "not browser $(SLOW)" tests llmcourse
 ifneq ($(NOTEBOOKS),)
 	@echo "== nbval: the solution notebooks run, and print again what they are marked for"
 	@LLMCOURSE_SEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --nbval-lax $(NOTEBOOKS)

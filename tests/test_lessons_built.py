@@ -232,7 +232,6 @@ def test_untouched_earns_nothing_and_solution_everything_by_stock_nbgrader(
     assert (scores, most) == ({"untouched": 0, "solved": pytest.approx(sum(core))}, pytest.approx(sum(core)))
 
 
-@pytest.mark.slow
 @each_lesson_with_exercises
 def test_untouched_earns_nothing_and_solution_everything_by_llmcourse_check(lesson: Lesson) -> None:
     for path, all_of_it in ((lesson.student(REPOSITORY), False), (lesson.solution, True)):

@@ -886,7 +886,6 @@ def test_stock_nbgrader_refuses_more_points_than_a_cell_is_worth() -> None:
         determine_grade(nbformat.from_dict(check))
 
 
-@pytest.mark.slow
 def test_teacher_generates_the_same_bytes_and_grades_with_stock_nbgrader(course: Course) -> None:
     student = only_lesson(course).student(course)
     ours = student.read_bytes()

@@ -392,6 +392,13 @@ def test_run_all_of_every_lesson_waits_for_ci(clone: Clone) -> None:
     assert clone.make("test", "BROWSER=tests/browser")[1][-1] == "-m pytest -m browser tests/browser"
 
 
+def test_slow_tests_wait_for_ci(clone: Clone) -> None:
+    clone.make("setup")
+    for given, selected in (((), "not browser and not slow"), (("SLOW=",), "not browser ")):
+        (tests,) = [line for line in clone.make("test", *given)[1] if line.startswith("-m pytest")]
+        assert f"-m {selected} tests" in tests
+
+
 def test_all_mutants_are_audited_when_asked(clone: Clone) -> None:
     clone.make("setup")
     assert "-m llmcourse.cli audit --all --seed 0" in clone.make("test", "AUDIT=--all")[1]
@@ -422,7 +429,9 @@ def test_ci_needs_nothing_but_bash_to_begin_and_ends_in_make_test() -> None:
     assert os.access(path, os.X_OK)
     assert text.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in text
     assert "export LLMCOURSE_REQUIRE=all" in text
-    assert text.rstrip().splitlines()[-1].startswith("exec make test AUDIT=--all BROWSER=tests/browser ")
+    assert (
+        text.rstrip().splitlines()[-1].startswith("exec make test AUDIT=--all SLOW= BROWSER=tests/browser ")
+    )
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
 
 
@@ -487,7 +496,6 @@ def test_contributing_names_files_that_exist(contributing: str) -> None:
         assert (REPOSITORY / name).is_file(), name
 
 
-@pytest.mark.slow
 def test_an_exercise_added_as_contributing_says_is_proven(contributing: str, tmp_path: Path) -> None:
     (name,) = re.findall(r"Save this as `(\S+)`", contributing)
     (text,) = re.findall(r"```python\n(.*?)```", contributing, re.DOTALL)
