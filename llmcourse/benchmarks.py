@@ -699,13 +699,34 @@ def table(rows: Sequence[Row], rounds: int) -> str:
         "# Benchmarks",
         "",
         f"Measured by `make bench` on: {machine.describe()}. Loading: warm page cache, one thread, {rounds} rounds in "
-        "random order, medians of paired ratios with a 95 % bootstrap interval.",
+        "random order, medians of paired ratios with a 95 % bootstrap interval. The rows of a part are of one run; "
+        "`python -m llmcourse.benchmarks --only PART` measures a part again.",
         "",
-        "| what | measured | promised | holds |",
-        "|---|---|---|---|",
+        *HEAD,
     ]
-    word = {True: "yes", False: "**no**", None: ""}
-    lines += [f"| {row.what} | {row.measured} | {row.promised} | {word[row.holds]} |" for row in rows]
+    return "\n".join([*lines, *map(line, rows)]) + "\n"
+
+
+HEAD = ("| what | measured | promised | holds |", "|---|---|---|---|")
+WORDS = {True: "yes", False: "**no**", None: ""}
+
+
+def line(row: Row) -> str:
+    return f"| {row.what} | {row.measured} | {row.promised} | {WORDS[row.holds]} |"
+
+
+def replaced(text: str, rows: Sequence[Row]) -> str:
+    """The file with these rows in the places of those of the same name; ValueError where one has no place.
+
+    >>> replaced("| a | 1 |  |  |\\n| b | 2 |  |  |\\n", [Row("b", "3", "≤ 4", True)])
+    '| a | 1 |  |  |\\n| b | 3 | ≤ 4 | yes |\\n'
+    """
+    lines = text.splitlines()
+    places = {found.split(" | ")[0].removeprefix("| "): number for number, found in enumerate(lines)}
+    for row in rows:
+        if row.what not in places:
+            raise ValueError(f"BENCHMARKS.md has no row {row.what!r}; run `make bench` whole")
+        lines[places[row.what]] = line(row)
     return "\n".join(lines) + "\n"
 
 
@@ -718,6 +739,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--races", type=int, default=300, help="real races, in all; about three seconds each")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    # The functions and not their rows: a part is measured when its turn comes.
+    parts: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
+        "loading": lambda options: loading_rows(options.rounds),
+        "starting": lambda options: starting_rows(5),
+        "checking": lambda options: checking_rows(),
+        "lessons": lambda options: lesson_rows(),
+        "decode": lambda options: decode_rows(),
+        "quantization": lambda options: quantization_rows(),
+        "definitions": lambda options: definition_rows(),
+        "optimizers": lambda options: optimizer_rows(options.rounds),
+        "races": lambda options: race_rows(options.races),
+    }
+    parser.add_argument(
+        "--only",
+        choices=parts,
+        action="append",
+        help="measure a part again (it may be given several times), its rows replace those in BENCHMARKS.md",
+    )
     options = parser.parse_args(arguments)
     os.environ.update(QUIET)
     # As an installation is: what Python compiled once is kept.
@@ -726,22 +765,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(peak_of(options.folder, options.peak))
         return 0
     rows: list[Row] = []
-    parts = (
-        lambda: loading_rows(options.rounds),
-        lambda: starting_rows(5),
-        checking_rows,
-        lesson_rows,
-        decode_rows,
-        quantization_rows,
-        definition_rows,
-        lambda: optimizer_rows(options.rounds),
-        lambda: race_rows(options.races),
-    )
-    for part in parts:
-        for row in part():
+    for name in options.only or parts:
+        for row in parts[name](options):
             rows.append(row)
             print(f"{row.what}: {row.measured} {row.promised and '(' + row.promised + ')'}", flush=True)
-    (REPOSITORY / "BENCHMARKS.md").write_text(table(rows, options.rounds), encoding="utf-8")
+    path = REPOSITORY / "BENCHMARKS.md"
+    whole = replaced(path.read_text(encoding="utf-8"), rows) if options.only else table(rows, options.rounds)
+    path.write_text(whole, encoding="utf-8")
     return 1 if any(row.holds is False for row in rows) else 0
 
 

@@ -224,8 +224,8 @@ def failing_twice(rng: Rng) -> Storage:
 
 def many_workers(rng: Rng) -> Storage:
     """More workers than a processor has cores, and more shards than workers."""
-    workers = rng.integer(40, 44)
-    ticks = [rng.integer(2, 6) for _ in range(workers + rng.integer(3, 6))]
+    workers = rng.integer(34, 36)
+    ticks = [rng.integer(2, 3) for _ in range(workers + rng.integer(2, 4))]
     return Storage(checkpoint(rng, len(ticks)), ticks, workers)
 
 
@@ -369,7 +369,7 @@ def first_shard_ends_last(answer, rng, storage):
 
 @case(load_parallel, service=many_workers)
 def as_many_as_workers(answer, rng, storage):
-    """Some forty workers: as many reads are under way at a time."""
+    """Some thirty-five workers: as many reads are under way at a time."""
     return loads(answer, storage.read, storage.shards, storage.workers, before(rng))
 
 

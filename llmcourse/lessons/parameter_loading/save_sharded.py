@@ -644,7 +644,7 @@ def left_by(record):
     chosen = list(found.values())
     return [
         {n: b"" if content is None else record["contents"][content] for n, content in state.items()}
-        for state in chosen[:: len(chosen) // 60 + 1]
+        for state in chosen[:: len(chosen) // 16 + 1]
     ]
 
 
