@@ -47,6 +47,7 @@ SETTINGS_OF_LEARNERS = {"LLMCOURSE_WORKSPACE", "LLMCOURSE_GRADING", "NBGRADER_EX
 # Modules whose code cannot show in a lesson's outputs; a change in any other makes every lesson stale.
 NEVER_RUN_BY_LESSONS = {
     "auditing",
+    "benchmarks",
     "cli",
     "interview",
     "interview_source",
