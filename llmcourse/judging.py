@@ -623,8 +623,9 @@ def recognise(
     failed = {result.item.name: result for result in results if not result.agrees}
     wrong = {name for name, result in failed.items() if result.item.kind == "case"}
     must = wrong or set(failed)
-    # What must be explained first: most mistakes are out after one item.
-    items = sorted(cheapest_first(exercise, expected), key=lambda item: item.name not in must)
+    items = cheapest_first(exercise, expected)
+    if wrong:  # what must be explained first: most mistakes are out after one item
+        items.sort(key=lambda item: item.name not in must)
     mistakes = list(exercise.mistakes.values())
     # (complaints that are only alike, other differences), items left (the furthest first), which mistake
     open_: list[tuple[tuple[int, int], int, int]] = []
