@@ -15,8 +15,9 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 AUDIT  ?= --sample --mutants 4
 SEED   ?= 0
 LAB    ?=
-# Side by side, with one thread each, or they wait for each other's; those of one xdist_group after one another.
-PYTEST ?= -n auto --maxprocesses 4 --dist loadgroup
+# Side by side, with one thread each, or they wait for each other's. Tests of one xdist_group, and the cells of a
+# notebook, follow one another.
+PYTEST ?= -n auto --maxprocesses 4
 # Stock nbgrader over every lesson and every mutant of the specimens wait for .ci/run (SLOW=), as most of the audit.
 SLOW   ?= and not slow
 NOTEBOOKS = $(wildcard solutions/*/*.ipynb)
@@ -52,10 +53,10 @@ test: $(STAMP)
 	@echo "== mypy"
 	@$(PY) -m mypy
 	@echo "== pytest: tests, doctests"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) -m "not browser $(SLOW)" tests llmcourse
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --dist loadgroup -m "not browser $(SLOW)" tests llmcourse
 ifneq ($(NOTEBOOKS),)
 	@echo "== nbval: the solution notebooks run, and print again what they are marked for"
-	@LLMCOURSE_SEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --nbval-lax $(NOTEBOOKS)
+	@LLMCOURSE_SEED=0 OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST) --dist loadfile --nbval-lax $(NOTEBOOKS)
 endif
 	@echo "== audit $(AUDIT) --seed $(SEED)"
 	@$(PY) -m llmcourse.cli audit $(AUDIT) --seed $(SEED)
