@@ -284,7 +284,17 @@ class Clone:
             for name, value in os.environ.items()
             # A make around this one hands down its variables.
             if name
-            not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "AUDIT", "BROWSER", "PYTEST", "LAB")
+            not in (
+                "MAKEFLAGS",
+                "MFLAGS",
+                "MAKELEVEL",
+                "MAKEOVERRIDES",
+                "AUDIT",
+                "BROWSER",
+                "PYTEST",
+                "SLOW",
+                "LAB",
+            )
         }
         command = [needed("make"), "PYTHON=./python", *arguments]
         environment = {**outside, "FAIL": fail or "nothing at all"}
