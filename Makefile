@@ -15,8 +15,8 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 AUDIT  ?= --sample --mutants 4
 SEED   ?= 0
 LAB    ?=
-# Side by side, with one thread each, or they wait for each other's. Tests of one xdist_group, and the cells of a
-# notebook, follow one another.
+# Side by side, with one thread each, or they wait for each other's. loadgroup, without groups (which xdist 3.8 does not
+# see under pytest 9.2), hands out test by test; loadfile keeps a notebook's cells together.
 PYTEST ?= -n auto --maxprocesses 4
 # Stock nbgrader over every lesson and every mutant of the specimens wait for .ci/run (SLOW=), as most of the audit.
 SLOW   ?= and not slow

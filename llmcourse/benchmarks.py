@@ -691,6 +691,10 @@ def race_rows(races: int) -> Iterator[Row]:
 # --------------------------------------------------------------------------------------------------------- table
 
 
+HEAD = ("| what | measured | promised | holds |", "|---|---|---|---|")
+WORDS = {True: "yes", False: "**no**", None: ""}
+
+
 def table(rows: Sequence[Row], rounds: int) -> str:
     """The Markdown file: machine, method, one line a row."""
     from llmcourse import machine
@@ -705,10 +709,6 @@ def table(rows: Sequence[Row], rounds: int) -> str:
         *HEAD,
     ]
     return "\n".join([*lines, *map(line, rows)]) + "\n"
-
-
-HEAD = ("| what | measured | promised | holds |", "|---|---|---|---|")
-WORDS = {True: "yes", False: "**no**", None: ""}
 
 
 def line(row: Row) -> str:
@@ -731,7 +731,7 @@ def replaced(text: str, rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m llmcourse.benchmarks [--rounds N]`; exit status 1 when something promised does not hold."""
+    """`python -m llmcourse.benchmarks [--only PART]`; exit status 1 when something promised does not hold."""
     parser = argparse.ArgumentParser(
         prog="make bench", description=__doc__.splitlines()[0] if __doc__ else None
     )

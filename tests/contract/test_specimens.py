@@ -26,8 +26,6 @@ SPECIMENS = {
 }
 SAMPLED_MUTANTS = 3
 HERE = Path(__file__).parent
-# One audit of all six serves its tests: they share a process.
-pytestmark = pytest.mark.xdist_group("specimens")
 
 
 @pytest.fixture(scope="module", autouse=True)
