@@ -544,3 +544,12 @@ def test_the_three_orders_end_in_a_model_a_ruin_and_an_error(
     assert right.perplexity < published.perplexity
     assert bare.perplexity is None
     assert bare.failure == "NotImplementedError: Could not run 'quantized::linear'"
+
+
+def test_while_a_notebook_is_graded_a_fraction_of_the_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, training = compression.held_out_slice(), compression.calibration_tokens()
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    fewer = compression.held_out_slice()
+    assert (len(held_out[0]), len(fewer[0]), len(fewer[1])) == (16, 2, 2)
+    assert (len(training), len(compression.calibration_tokens())) == (8, 1)
+    assert len(compression.held_out_slice(count=3)[0]) == 3

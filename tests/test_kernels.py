@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmcourse import kernels
+from llmcourse import figures, kernels
 from llmcourse.kernels import Contender
 from tests.peers import peer
 
@@ -425,3 +425,15 @@ def test_the_median_s_interval_holds_the_median_as_often_as_it_says() -> None:
 def test_few_values_give_their_extremes() -> None:
     assert kernels.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
     assert kernels.median_interval([1.0]) == (1.0, 1.0)
+
+
+def test_while_a_notebook_is_graded_five_rounds_are_all_and_the_table_says_so(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NBGRADER_EXECUTION", "autograde")
+    log: list[tuple[str, float]] = []
+    entry = Recorded("a", clock, 0.1, log)
+    rows = kernels.decode_table(16, entries=[entry], rounds=20)
+    assert len(log) == 1 + 1 + 5  # for the error, to warm up, measured
+    assert entry.copies == 1
+    assert kernels.table_text(rows).splitlines()[-1] == figures.GRADING_NOTE
