@@ -504,12 +504,15 @@ def resident_bytes(pid: int | None = None) -> tuple[int, int]:
     return found[kinds[0]], found[kinds[1]]
 
 
-def on_tmpfs(folder: str | Path) -> bool:
-    """Whether a folder's files lie in memory, as Linux's list of mounts says."""
-    mounts = Path("/proc/self/mounts")
+def on_tmpfs(folder: str | Path, pid: int | None = None) -> bool:
+    """Whether a folder's files lie in memory, as Linux's list of mounts says.
+
+    pid: the process that sees them, and may have mounts of its own; None for this one.
+    """
+    mounts = Path("/proc") / ("self" if pid is None else str(pid)) / "mounts"
     if not mounts.exists():
         return False
-    real = Path(folder).resolve()
+    real = Path(folder).resolve() if pid is None else Path(folder)
     listed = [line.split()[1:3] for line in mounts.read_text().splitlines()]
     holding = [(place, kind) for place, kind in listed if real.is_relative_to(place)]
     return max(holding, key=lambda mount: len(mount[0]), default=("/", ""))[1] == "tmpfs"
@@ -551,6 +554,7 @@ class PeakMemory:
 
     def __init__(self, pid: int | None = None) -> None:
         self.pid = os.getpid() if pid is None else pid
+        self.folder: str | None = None  # where that process writes; None for this one's temporary folder
         self._peak_bytes: int | None = None
         self._at_most: int | None = None
         self._lowest_bytes: tuple[int, ...] = ()
@@ -634,12 +638,15 @@ class PeakOfItem(PeakMemory):
     def __init__(self, pid: int | None = None, *, mapped_bytes: int = 0) -> None:
         super().__init__(pid)
         self._bounds: list[int] = []
-        self._mapped_bytes = mapped_bytes if on_tmpfs(tempfile.gettempdir()) else 0
+        self._mapped_bytes = mapped_bytes
 
     def begin(self) -> None:
         """Open the window: the judge's call, before the item is begun."""
         if self.pid == os.getpid():
             settle()
+        watched = None if self.folder is None else self.pid
+        if not on_tmpfs(self.folder or tempfile.gettempdir(), watched):
+            self._mapped_bytes = 0
         self.start()
 
     def bound(self, at_most: int) -> None:

@@ -46,7 +46,7 @@ from llmcourse.racing import RaceResult
 from llmcourse.services import Link
 from llmcourse.track import Lane, Stumbled, run_race
 from llmcourse.wall import ENGINE_FOLDER
-from llmcourse.zygote import HarnessFault, Zygote
+from llmcourse.zygote import Forked, HarnessFault, Zygote
 
 LOAD_LIMIT_S, REFERENCE_LIMIT_S = 10.0, 60.0
 CHEAP_S = 0.01  # an item that costs less than another worker would
@@ -101,7 +101,10 @@ class WorkerProcess:
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
         self._connection, theirs = socket.socketpair()
         closed = None if answer.trusted else [*course_places(exercise), *engine.closed]
-        self.pid = engine.zygote.fork(theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed)
+        self.forked: Forked | None = engine.zygote.fork(
+            self._connection, theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed
+        )
+        self.pid, self.lives_in = self.forked.pid, self.forked.folder
         theirs.close()
 
     def load(self, cases: str) -> Loaded:
@@ -255,22 +258,26 @@ class WorkerProcess:
         self._calls.release()
 
     def _ending(self, error: Exception) -> str:
-        pid, self.pid = self.pid, 0
-        status = self._engine.zygote.end(pid)
+        status, why = self._ended()
         if isinstance(error, wire.ProtocolError):
             return str(error)
+        if why == "memory":
+            return f"it held more than {MAX_DATA_BYTES >> 30} GiB of memory"
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) != signal.SIGKILL:
             return signal.Signals(os.WTERMSIG(status)).name
         if os.WIFEXITED(status):
             return f"exit status {os.WEXITSTATUS(status)}"
         return "it was killed, or its connection closed"
 
+    def _ended(self) -> tuple[int, str]:
+        """End the worker, once: (its wait status, why its keeper ended it or "")."""
+        forked, self.forked = self.forked, None
+        return self._engine.zygote.end(forked) if forked is not None else (0, "")
+
     def close(self) -> None:
-        """End the worker and everything in its process group; remove its folder."""
-        pid, self.pid = self.pid, 0
+        """End the worker and everything it started; remove its folder."""
         try:
-            if pid:
-                self._engine.zygote.end(pid)
+            self._ended()
         finally:
             self._servers.shutdown(wait=False, cancel_futures=True)
             self._connection.close()
@@ -509,7 +516,9 @@ class Run:
         )
         if self._exercise.ranks > 1:
             return self._ranks(item, seeds, limit, max_bytes)
-        service = service_for(self._exercise, item, self._seed, self._workers[0].pid)
+        service = service_for(
+            self._exercise, item, self._seed, self._workers[0].pid, self._workers[0].lives_in
+        )
         outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)
         return self._explained(seen_by(service, outcome))
 

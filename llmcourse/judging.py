@@ -155,16 +155,17 @@ def service_rng(exercise: Exercise, item: Item, seed: int) -> Rng:
     return Rng(derive_seed(seed, "service", exercise.name, root(exercise, item).name))
 
 
-def service_for(exercise: Exercise, item: Item, seed: int, pid: int | None) -> Any:
+def service_for(exercise: Exercise, item: Item, seed: int, pid: int | None, folder: str | None = None) -> Any:
     """The item's service, None where it has none; it may watch the process `pid`, None for this one, from now on.
 
-    seed: the run's own, which no worker is given; the same for reference and answer.
+    seed: the run's own, which no worker is given; the same for reference and answer. folder: where that process
+    writes its files, as it sees it.
     """
     if item.service is None:
         return None
     service: Any = item.service(service_rng(exercise, item, seed))
     if pid is not None and hasattr(service, "pid"):
-        service.pid = pid
+        service.pid, service.folder = pid, folder
     if hasattr(service, "begin"):
         service.begin()
     return service
@@ -275,6 +276,21 @@ class InProcess:
         for thread in threads:
             thread.join()
         return together(found, link)
+
+
+def holds_answers(exercise: Exercise) -> bool:
+    """Whether our answers are here; a kit (`llmcourse.kit`) has only what they gave, stored beside the exercise."""
+    return next(exercise.path.parent.glob(f"{exercise.name}.*.observations"), None) is None
+
+
+def runner_for(exercise: Exercise, seed: int) -> tuple[Runner, int]:
+    """Who judges an answer in this process, and on which seed: in a kit one that is stored."""
+    if holds_answers(exercise):
+        return InProcess(), seed
+    from llmcourse import observations
+
+    runner = observations.stored(exercise, seed)
+    return runner, runner.observations.seed
 
 
 @contextlib.contextmanager

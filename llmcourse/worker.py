@@ -39,7 +39,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from llmcourse import wall, wire
+from llmcourse import jail, wall, wire
 from llmcourse.exercise import Rng
 
 ANSWER_MODULE, CASE_MODULE = "answer", "llmcourse_case"
@@ -491,10 +491,13 @@ class Worker:
 
 
 def become_worker(
-    connection: socket.socket, folder: str, max_data_bytes: int, closed: Sequence[str] | None
+    connection: socket.socket, folder: str, max_data_bytes: int, closed: Sequence[str] | None, in_jail: bool
 ) -> None:
     """Set limits, move into the worker's own folder, silence output and serve; never returns."""
     os.setsid()
+    if in_jail:
+        jail.say_hello(connection)
+        folder = jail.FOLDER
     quiet = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(quiet, descriptor)
@@ -511,7 +514,7 @@ def become_worker(
     for kind, limit in limits:
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard),) * 2)
-    if closed is not None:
+    if closed is not None and not in_jail:  # the jail has covered them
         wall.close_files(closed)
     Worker(connection).serve()
 
@@ -519,21 +522,22 @@ def become_worker(
 # ------------------------------------------------------------------------------------------------------ the zygote
 
 
-def serve_zygote(control: socket.socket) -> None:
+def serve_zygote(control: socket.socket, in_jail: bool) -> None:
     """Fork a worker per request and report how workers ended, until the judge goes; then end them all."""
-    children: set[int] = set()
+    children: dict[int, int | None] = {}
     try:
-        while _served(control, children):
+        while _served(control, children, in_jail):
             pass
     finally:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        end_orphans(set())
+                os.kill(pid, signal.SIGKILL) if in_jail else os.killpg(pid, signal.SIGKILL)
+        if not in_jail:
+            end_orphans(set())
 
 
-def _served(control: socket.socket, children: set[int]) -> bool:
-    """Serve one request; False when the judge has gone."""
+def _served(control: socket.socket, children: dict[int, int | None], in_jail: bool) -> bool:
+    """Serve one request; False when the judge has gone. children: workers, and in the jail the pipe of each keeper."""
     raw, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 1)
     if not raw:
         return False
@@ -541,32 +545,45 @@ def _served(control: socket.socket, children: set[int]) -> bool:
     if "fork" in request:
         # What is frozen no collection looks at, so that workers do not copy the pages of everything torch made.
         gc.freeze()
-        pid = os.fork()
-        if pid == 0:
-            control.close()
-            # A worker that ends in any way must not run the zygote's own exit.
-            try:
-                become_worker(
-                    socket.socket(fileno=descriptors[0]),
-                    request["fork"],
-                    request["max_data_bytes"],
-                    request["closed"],
-                )
-            finally:
-                os._exit(3)
-        children.add(pid)
-        for descriptor in descriptors:
-            os.close(descriptor)
+        pid, children_pipe = _forked(request, descriptors[0], control, in_jail)
+        children[pid] = children_pipe
+        os.close(descriptors[0])
         control.sendall(json.dumps({"pid": pid}).encode())
     elif "import" in request:
         importlib.import_module(request["import"])
         control.sendall(b"{}")
     else:
-        _, status, usage = os.wait4(request["wait"], 0)
-        children.discard(request["wait"])
-        end_orphans(children)
-        control.sendall(json.dumps({"status": status, "max_rss": usage.ru_maxrss}).encode())
+        pipe = children.pop(request["wait"])
+        if pipe is not None:
+            status, why = jail.ending(request["wait"], pipe)
+        else:
+            status, why = os.waitpid(request["wait"], 0)[1], ""
+            end_orphans(set(children))
+        control.sendall(json.dumps({"status": status, "why": why}).encode())
     return True
+
+
+def _forked(
+    request: dict[str, Any], connection: int, control: socket.socket, in_jail: bool
+) -> tuple[int, int | None]:
+    """Fork a worker; its process id, or that of its keeper with the keeper's pipe."""
+    closed, max_data_bytes = request["closed"], request["max_data_bytes"]
+
+    def work() -> None:
+        control.close()
+        become_worker(socket.socket(fileno=connection), request["fork"], max_data_bytes, closed, in_jail)
+
+    if in_jail:
+        release = (connection, control.fileno())
+        return jail.fork_into(work, closed=closed or (), memory_bytes=max_data_bytes, release=release)
+    pid = os.fork()
+    if pid == 0:
+        # A worker that ends in any way must not run the zygote's own exit.
+        try:
+            work()
+        finally:
+            os._exit(3)
+    return pid, None
 
 
 def adopt_orphans() -> None:
@@ -590,7 +607,9 @@ def end_orphans(children: set[int]) -> None:
 def main() -> None:
     """Entry point of the zygote, with a socket's number and the modules to import beforehand as arguments."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    adopt_orphans()
+    in_jail = os.path.isdir(jail.FOLDER)
+    if not in_jail:
+        adopt_orphans()
     control = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         importlib.import_module(module)
@@ -600,5 +619,5 @@ def main() -> None:
     # The judge may have ended, or ended this process, before it was ready.
     with contextlib.suppress(ConnectionError):
         control.sendall(b"ready")
-        serve_zygote(control)
+        serve_zygote(control, in_jail)
     os._exit(0)  # taking torch down in order takes 0.2 s, and nobody waits for anything else of it

@@ -1,4 +1,7 @@
-"""Workers from outside: whatever an answer does becomes a verdict on it alone, and a fault of ours never does."""
+"""Workers from outside: whatever an answer does becomes a verdict on it alone, and a fault of ours never does.
+
+Without the jail, as where there is no bubblewrap; tests/test_jail.py is about the other.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,9 @@ import pytest
 from llmcourse import engine as engine_module
 from llmcourse import judging, wall
 from llmcourse.engine import Answer, Engine
-from llmcourse.exercise import load
 from llmcourse.judging import HarnessFault, InProcess, expectations, judge
-
-LESSON = """
-import os
-import torch
-from llmcourse.exercise import alternative, case, exercise, mistake
-
-@exercise(points=2, minutes=5)
-def add(x, y):
-    '''The sum.'''
-    ### BEGIN SOLUTION
-    return x + y
-    ### END SOLUTION
-
-@case(add)
-def vectors(answer, rng):
-    '''Two vectors.'''
-    x, y = rng.normal(4), rng.normal(4)
-    return {"sum": answer(x, y)}
-
-@case(add)
-def settings(answer, rng):
-    '''Two numbers, and what torch makes of a list.'''
-    made = torch.tensor([0.5]) * 1
-    return [made, made.requires_grad, answer(rng.integer(1, 9), 5), str(made.device)]
-
-@mistake(add, "Subtracts.")
-def subtracted(x, y):
-    return x - y
-
-@alternative(add, "The other way round")
-def turned(x, y):
-    return y + x
-"""
+from llmcourse.zygote import Zygote
+from tests.answers import GOOD, LESSON, SEED, body, verdict, written
 
 SERVED = """
 from llmcourse.exercise import case, cost, exercise
@@ -120,13 +91,6 @@ def numbers(answer, rng, link):
 """
 
 
-def written(folder: Path, name: str, text: str):
-    path = folder / "numbers" / f"{name}.py"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return load(path)
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """One engine for the module, started in a folder whose random.py is not Python's."""
@@ -135,7 +99,7 @@ def engine(tmp_path_factory):
     before = Path.cwd()
     os.chdir(hostile)
     try:
-        with Engine() as started:
+        with Engine(zygote=Zygote(in_jail=False)) as started:
             os.chdir(before)
             yield started
     finally:
@@ -167,24 +131,6 @@ def short_limits(monkeypatch):
     """A worker that hangs is given up soon; a right answer on a busy machine is not."""
     monkeypatch.setattr(engine_module, "LOAD_LIMIT_S", 1.5)
     monkeypatch.setattr(engine_module, "limit_s", lambda expected: 1.0)
-
-
-SEED = 20_240
-GOOD = "import torch\ndef add(x, y):\n    return x + y\n"
-
-
-def verdict(engine, exercise, *parts, own="cell", name=None, seed=SEED):
-    """The verdict on a learner's source: its last part is the exercise's cell unless parts are labelled."""
-    labelled = tuple(part if isinstance(part, tuple) else ("cell", part) for part in parts)
-    answer = Answer(name or exercise.name, labelled, own=own)
-    return judge(engine, exercise, answer, seed, engine.expected(exercise, seed))
-
-
-def body(text: str, head: str = "") -> str:
-    """A cell whose function runs `text` before it gives the right sum."""
-    lines = "\n".join("    " + line for line in text.splitlines())
-    imports = "import os, sys, ctypes, signal, socket, struct, json, tempfile, torch"
-    return f"{imports}\n{head}\ndef add(x, y):\n{lines}\n    return x + y\n"
 
 
 # ------------------------------------------------------------------------------------------------ ordinary answers
@@ -390,7 +336,10 @@ def test_what_a_reference_wrote_is_closed_to_an_answer(add, tmp_path, how):
     """In a folder beside the worker's own, whose files stay open to it."""
     if how == "with a system call" and not kernel_closes(tmp_path):
         pytest.skip("this kernel closes no files")
-    with Engine() as ahead, Engine(zygote=ahead.zygote, closed=[ahead.folder]) as engine:
+    with (
+        Engine(zygote=Zygote(in_jail=False)) as ahead,
+        Engine(zygote=ahead.zygote, closed=[ahead.folder]) as engine,
+    ):
         written_by_ours = Path(ahead.folder, "llmcourse-worker", "expected")
         written_by_ours.parent.mkdir()
         written_by_ours.write_text("what is expected")
@@ -653,7 +602,7 @@ def test_a_forbidden_name_that_does_not_exist_is_a_fault_that_names_it(engine, t
 
 
 def test_a_zygote_that_is_gone_is_a_fault_of_the_harness(add):
-    with Engine() as mine:
+    with Engine(zygote=Zygote(in_jail=False)) as mine:
         expected = mine.expected(add, SEED)  # now there is a zygote that can go
         mine.zygote.process.kill()
         mine.zygote.process.wait()
@@ -689,7 +638,7 @@ def test_an_engine_leaves_no_process_and_no_file(add, tmp_path):
         f"open({str(noted)!r}, 'a').write(f'{{os.getpid()}} {{child}} ')\n"
         "open('left behind', 'w').write('x'); open(tempfile.mkdtemp() + '/left behind', 'w').write('x')"
     )
-    with Engine() as mine:
+    with Engine(zygote=Zygote(in_jail=False)) as mine:
         folder, zygote = Path(mine.folder), mine.zygote.process.pid
         assert verdict(mine, add, text).verdict == "right"
         pids = [int(pid) for pid in noted.read_text().split()]
