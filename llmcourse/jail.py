@@ -144,7 +144,9 @@ def command(program: Sequence[str], readable: Sequence[str]) -> list[str]:
     for place in _readable(readable):
         made += ["--dir", os.path.dirname(place), "--ro-bind", place, place]
     made += ["--ro-bind-try", "/sys/devices/system", "/sys/devices/system"]  # how many cores, which caches
-    made += ["--proc", "/proc", "--dir", FOLDER, "--symlink", "/proc/self/fd", "/dev/fd"]
+    # The zygote's own; each worker mounts another over it.
+    made += ["--size", str(1 << 24), "--tmpfs", FOLDER]
+    made += ["--proc", "/proc", "--symlink", "/proc/self/fd", "/dev/fd"]
     # Not bubblewrap's own /dev: its terminals need a user namespace more, in which workers get no rights.
     plain = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
     for device in plain + sorted(glob.glob("/dev/nvidia*")):
@@ -170,7 +172,7 @@ def environment(more: dict[str, str]) -> dict[str, str]:
     """The variables a jailed process gets: none of the judge's secrets, a home that it may write to."""
     kept = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONHASHSEED", "LLMCOURSE_LESSONS", "CUDA_VISIBLE_DEVICES")
     passed = {name: os.environ[name] for name in kept if name in os.environ}
-    return {**passed, "HOME": FOLDER, "TMPDIR": FOLDER, "PYTHONDONTWRITEBYTECODE": "1", **more}
+    return {**passed, "USER": "nobody", "HOME": FOLDER, "TMPDIR": FOLDER, "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
 # ------------------------------------------------------------------------------------------------- inside, a worker

@@ -79,7 +79,7 @@ class Zygote:
             own["PYTHONPATH"] = root
         # -P: a learner's random.py in the current folder is not Python's.
         program = [sys.executable, "-P", "-c", START, str(theirs.fileno()), *MODULES]
-        self._heard = tempfile.TemporaryFile()
+        self._heard = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the zygote
         if self._why_none is None:
             program[3] = START_IN_JAIL
             program = jail.command(program, [str(folder) for folder in folders()])
@@ -137,9 +137,7 @@ class Zygote:
         said = self._received()
         if not said.startswith(b"ready") and self._why_none is None:
             self.process.wait()
-            self._heard.seek(0)
-            lines = self._heard.read().decode(errors="replace").splitlines()
-            self._why_none = said.decode(errors="replace") or (lines[-1] if lines else "bubblewrap failed")
+            self._why_none = said.decode(errors="replace") or self._last_words() or "bubblewrap failed"
             if self._must_be_in_jail:
                 raise HarnessFault(f"no jail for answers: {self._why_none}")
             self._control.close()
@@ -147,6 +145,12 @@ class Zygote:
             self._start()
             said = self._received()
         self._ready = said.startswith(b"ready")
+
+    def _last_words(self) -> str:
+        """The last line that came out of the jail's stderr."""
+        self._heard.seek(0)
+        lines = self._heard.read().decode(errors="replace").splitlines()
+        return lines[-1] if lines else ""
 
     def _received(self) -> bytes:
         self._control.settimeout(START_LIMIT_S)
@@ -164,7 +168,8 @@ class Zygote:
                 socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
                 raw = self._received()
             if not raw:
-                raise HarnessFault(f"the zygote gave no answer (exit status {self.process.poll()})")
+                said = f": {heard}" if (heard := self._last_words()) else ""
+                raise HarnessFault(f"the zygote gave no answer (exit status {self.process.poll()}){said}")
             answer: dict[str, Any] = json.loads(raw)
             return answer
 
