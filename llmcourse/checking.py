@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from llmcourse import interrupts, report, source, submission, workspace
 from llmcourse.engine import Engine
 from llmcourse.exercise import Exercise, find
 from llmcourse.finding import exercise_paths
-from llmcourse.judging import InProcess, Verdict, expectations, judge
+from llmcourse.judging import InProcess, Outcome, Verdict, expectations, judge
 from llmcourse.zygote import Zygote
 
 MAX_STDERR_CHARS = 400
@@ -185,6 +185,7 @@ class NotebookVerdict:
     notebook: str
     exercises: tuple[Verdict, ...]
     notes: tuple[str, ...]
+    level: str  # how the answers were kept apart
 
     @property
     def points(self) -> float:
@@ -206,6 +207,7 @@ class NotebookVerdict:
             "extra_points": self.extra_points,
             "exercises": [verdict.to_json() for verdict in self.exercises],
             "notes": list(self.notes),
+            "judged": self.level,
         }
 
 
@@ -225,12 +227,9 @@ def check_notebook(
     number = seed if seed is not None else _fresh_seed()
     with interrupts.held():
         exercises = [find(name) for name in found.names]
-    verdicts: dict[str, Verdict] = {}
-    # torch imports its compiler for the first optimizer: once here, or in every worker.
-    preload = [COMPILER] if any(OPTIMIZER.search(exercise.source) for exercise in exercises) else []
     shared = Zygote() if zygote is None else zygote
     with (
-        Engine(zygote=shared, preload=preload) as ahead,
+        Engine(zygote=shared, preload=preloads(exercises)) as ahead,
         # Answers may not read what references write: it holds what is expected.
         Engine(zygote=shared, closed=[ahead.folder]) as engine,
         ThreadPoolExecutor(max_workers=1) as pool,
@@ -238,21 +237,44 @@ def check_notebook(
         # While one exercise is judged, the reference of the next is run.
         coming = {exercise.name: pool.submit(ahead.expected, exercise, number) for exercise in exercises}
         try:
-            for exercise in exercises:
-                ours, notes = _ours_for(exercise, verdicts)
-                # A cell that hangs takes its whole limit: once is enough.
-                answer = found.answer(exercise.name, ours, without=engine.left_out)
-                verdict = judge(engine, exercise, answer, number, coming[exercise.name].result())
-                verdicts[exercise.name] = _with_notes(verdict, notes)
+            verdicts = judge_all(engine, found, exercises, number, lambda one: coming[one.name].result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             shared.close()  # ends the workers that the pool waits for
             raise
-    left_out = (
+        notes = (*found.notes, *left_out(engine))
+        return NotebookVerdict(str(found.path), tuple(verdicts.values()), notes, shared.level)
+
+
+def preloads(exercises: Sequence[Exercise]) -> list[str]:
+    """Modules to import once in the zygote: torch imports its compiler for the first optimizer of every worker."""
+    return [COMPILER] if any(OPTIMIZER.search(exercise.source) for exercise in exercises) else []
+
+
+def judge_all(
+    engine: Engine,
+    found: submission.Submission,
+    exercises: Sequence[Exercise],
+    seed: int,
+    expected: Callable[[Exercise], Mapping[str, Outcome]],
+) -> dict[str, Verdict]:
+    """The verdict on each exercise of a notebook by name, in their order; HarnessFault when the judge itself fails."""
+    verdicts: dict[str, Verdict] = {}
+    for exercise in exercises:
+        ours, notes = _ours_for(exercise, verdicts)
+        # A cell that hangs takes its whole limit: once is enough.
+        answer = found.answer(exercise.name, ours, without=engine.left_out)
+        verdict = judge(engine, exercise, answer, seed, expected(exercise))
+        verdicts[exercise.name] = _with_notes(verdict, notes)
+    return verdicts
+
+
+def left_out(engine: Engine) -> list[str]:
+    """A note for each part of the answers judged so far that hung or killed its worker."""
+    return [
         f"{label} was left out for every exercise but its own; while it ran: {why}"
         for label, why in engine.left_out.items()
-    )
-    return NotebookVerdict(str(found.path), tuple(verdicts.values()), (*found.notes, *left_out))
+    ]
 
 
 def _ours_for(exercise: Exercise, verdicts: dict[str, Verdict]) -> tuple[list[tuple[str, str]], list[str]]:

@@ -20,6 +20,7 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import llmcourse
 from llmcourse import interrupts, workspace
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from llmcourse.appraisal import Appraisal
     from llmcourse.checking import NotebookVerdict
     from llmcourse.exercise import Exercise
+    from llmcourse.grading import Outcome as GradingOutcome
+    from llmcourse.grading import Progress as GradingProgress
     from llmcourse.machine import Machine
     from llmcourse.standing import Standing
     from llmcourse.training import Progress
@@ -510,6 +514,109 @@ def audit(
         print(found.text())
     if not found.complete:
         raise typer.Exit(1)
+
+
+# ------------------------------------------------------------------------------------------ teaching a class
+
+
+@app.command(epilog="Example: llmcourse grade 01_parameter_loading --csv grades.csv")
+def grade(
+    assignment: Annotated[
+        str, typer.Argument(metavar="ASSIGNMENT", help="The lesson's folder name.", show_default=False)
+    ],
+    table: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Write a row a student, a column an exercise."),
+    ] = None,
+    students: Annotated[
+        list[str] | None, typer.Option("--student", metavar="STUDENT", help="Only this one; may be repeated.")
+    ] = None,
+    rerun: Annotated[bool, typer.Option("--rerun", help="Judge all again, on fresh inputs.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Judging processes; one a core.")] = None,
+    dask: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Judge on this dask.distributed scheduler's workers."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Judge even where there is no jail for students' code.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Grade grading/submitted/STUDENT/ASSIGNMENT/ of the current folder into nbgrader's gradebook.
+
+    Judges only what is new or changed, and goes on where it was stopped. Writes autograded notebooks and feedback.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("nbgrader") is None:
+        raise UserError("expected nbgrader, found none; install it with: pip install 'llmcourse[grading]'")
+    with interrupts.held():
+        from llmcourse import grading, intake
+        from llmcourse.gradebook import GradebookError
+    course = grading.Course(Path.cwd())
+    try:
+        with grading.executor_of(dask) as executor, _grading_bar() as tell:
+            found = grading.grade(
+                course,
+                assignment,
+                students=students or [],
+                rerun=rerun,
+                workers=workers,
+                insecure=insecure,
+                executor=executor,
+                tell=tell,
+            )
+    except (grading.GradingError, intake.IntakeError, GradebookError) as error:
+        raise UserError(str(error)) from error
+    if table is not None:
+        workspace.write(table, grading.table(found).encode())
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _print_grades(found)
+    for student, fault in found.failed.items():
+        errors.print(f"{student} could not be judged: {fault}; run the same command again", markup=False)
+    if found.failed:
+        raise typer.Exit(HARNESS_FAULT)
+
+
+@contextmanager
+def _grading_bar() -> Iterator[Callable[[GradingProgress], None]]:
+    """A bar of the submissions judged, from when the first is."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task("Judging …", total=None)
+
+        def tell(now: GradingProgress) -> None:
+            again = f"{now.again} races again, one at a time …"
+            bar.update(
+                task, total=now.total, completed=now.done, description=again if now.again else "Judging …"
+            )
+
+        yield tell
+
+
+def _print_grades(found: GradingOutcome) -> None:
+    from rich.table import Table
+
+    shown = Table("student", "points", "of", "not right", box=None)
+    for student, record in sorted(found.records.items()):
+        words = Counter(
+            one.verdict for one in record.exercises if one.verdict != "right" and one.name in found.worth
+        )
+        said = record.refused or ", ".join(f"{count} {word}" for word, count in sorted(words.items()))
+        shown.add_row(escape(student), f"{found.total(record):g}", f"{found.max_points:g}", escape(said))
+    Console().print(shown)
+    for note in found.notes:
+        print(f"Note: {note}")
+    left = len(found.records) - found.judged
+    print(
+        f"{found.assignment}: {found.judged} judged {found.level}"
+        + (f", {left} had been judged before" if left else "")
+    )
 
 
 # ------------------------------------------------------------------------------------------ training the zoo

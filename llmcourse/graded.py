@@ -16,8 +16,8 @@ class GradedExercise:
 
     points, max_points: on the judge's scale; whoever writes the gradebook scales them to what the teacher's cell is
     worth. html, text: the report a learner sees. same_as: what the answer equals ("reference", "alternative NAME",
-    "student NAME"), a flag and never a score. needs_teacher: only a person can decide (a race that stayed
-    inconclusive).
+    "student NAME"), a flag and never a score; form: a digest of the answer's normal form, by which that is told, ""
+    for an answer that is not written. needs_teacher: only a person can decide (a race that stayed inconclusive).
     """
 
     name: str
@@ -30,6 +30,7 @@ class GradedExercise:
     text: str = ""
     extension: bool = False
     same_as: tuple[str, ...] = ()
+    form: str = ""
     needs_teacher: bool = False
 
 
@@ -52,6 +53,8 @@ class Graded:
     notes: tuple[str, ...] = ()
     refused: str | None = None
     submitted_at: str = ""
+    run: int = 0  # which of the assignment's runs: each has inputs of its own
+    seconds: dict[str, float] = field(default_factory=dict)  # where the judge's time went
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

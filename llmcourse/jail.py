@@ -24,6 +24,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -118,6 +119,30 @@ def missing() -> str | None:
     return None
 
 
+def refusal() -> str | None:
+    """Why answers cannot be jailed here, found out by building a jail; None where they can."""
+    lacking = missing()
+    if lacking is not None:
+        return lacking
+    ours, theirs = socket.socketpair()
+    root = str(Path(__file__).parents[1])
+    program = [sys.executable, "-P", "-c", "from llmcourse.jail import prove; prove()", str(theirs.fileno())]
+    with ours, theirs:
+        ran = subprocess.run(
+            command(program, []),
+            env=environment({"PYTHONPATH": root}),
+            pass_fds=(theirs.fileno(),),
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+        theirs.close()
+        said = ours.recv(4096).decode(errors="replace")
+    heard = ran.stderr.decode(errors="replace").splitlines()
+    if not said and ran.returncode != 0:
+        return heard[-1] if heard else f"bubblewrap ended with {ran.returncode}"
+    return said or None
+
+
 def command(program: Sequence[str], readable: Sequence[str]) -> list[str]:
     """The program inside the outer jail, where it sees Python, this package and `readable`, and may change nothing."""
     is_root = os.geteuid() == 0
@@ -172,7 +197,14 @@ def environment(more: dict[str, str]) -> dict[str, str]:
     """The variables a jailed process gets: none of the judge's secrets, a home that it may write to."""
     kept = ("PATH", "LANG", "LC_ALL", "TZ", "PYTHONHASHSEED", "LLMCOURSE_LESSONS", "CUDA_VISIBLE_DEVICES")
     passed = {name: os.environ[name] for name in kept if name in os.environ}
-    return {**passed, "USER": "nobody", "HOME": FOLDER, "TMPDIR": FOLDER, "PYTHONDONTWRITEBYTECODE": "1", **more}
+    return {
+        **passed,
+        "USER": "nobody",
+        "HOME": FOLDER,
+        "TMPDIR": FOLDER,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **more,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- inside, a worker

@@ -83,7 +83,7 @@ class Verdict:
     results: tuple[ItemResult, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
     notes: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int | None = 0  # None where it is not to be told
     race: RaceResult | None = None
 
     def to_json(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -116,9 +117,29 @@ def text(verdict: Verdict) -> str:
     if verdict.race is not None:
         lines.append(f"  {race_line(verdict)}")
     lines += [f"  Note: {note}" for note in verdict.notes]
-    if verdict.results and verdict.verdict == "wrong":
+    if verdict.results and verdict.verdict == "wrong" and verdict.seed is not None:
         lines.append(f"  To repeat with the same inputs: check({verdict.name}, seed={verdict.seed})")
     return "\n".join(lines)
+
+
+def without_inputs(verdict: Verdict) -> Verdict:
+    """The verdict as a class may see it: no seed, no arguments, no message an answer could have written them into."""
+    told = {result.reason: _reason_alone(result) for result in verdict.results if result.reason}
+    results = tuple(
+        replace(result, reason=told.get(result.reason or ""), outcome=replace(result.outcome, tried=()))
+        for result in verdict.results
+    )
+    reason = verdict.reason
+    for whole, part in told.items():
+        reason = reason.replace(whole, part)
+    return replace(verdict, results=results, reason=reason, seed=None)
+
+
+def _reason_alone(result: ItemResult) -> str:
+    error = result.outcome.error
+    if error is None or error["kind"] != "raised" or result.reason is None:
+        return result.reason or ""
+    return result.reason.replace(f"{error['type']}: {error['message']}", str(error["type"]))
 
 
 def notebook_text(verdict: NotebookVerdict) -> str:
@@ -126,9 +147,8 @@ def notebook_text(verdict: NotebookVerdict) -> str:
     lines = [text(one) for one in verdict.exercises]
     lines += [f"Note: {note}" for note in verdict.notes]
     extra = f", and {number(verdict.extra_points)} extra" if verdict.extra_points else ""
-    lines.append(
-        f"{verdict.notebook}: {number(verdict.points)} of {number(verdict.max_points)} points{extra}"
-    )
+    points = f"{number(verdict.points)} of {number(verdict.max_points)} points{extra}"
+    lines.append(f"{verdict.notebook}: {points}, judged {verdict.level}")
     return "\n".join(lines)
 
 
@@ -157,7 +177,7 @@ def html(verdict: Verdict) -> str:
     if verdict.race is not None:
         parts.append(f"<div>{escape(race_line(verdict))}</div>{_race_svg(verdict)}")
     parts += [f"<div style='{MUTED}'>Note: {escape(note)}</div>" for note in verdict.notes]
-    if verdict.results and verdict.verdict == "wrong":
+    if verdict.results and verdict.verdict == "wrong" and verdict.seed is not None:
         call = escape(f"check({verdict.name}, seed={verdict.seed})")
         parts.append(f"<div style='{MUTED}'>Same inputs again: <code>{call}</code></div>")
     return "\n".join([*parts, "</div>"])
