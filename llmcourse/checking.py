@@ -21,7 +21,7 @@ from llmcourse import interrupts, report, source, submission, workspace
 from llmcourse.engine import Engine
 from llmcourse.exercise import Exercise, find
 from llmcourse.finding import exercise_paths
-from llmcourse.judging import InProcess, Outcome, Verdict, expectations, judge
+from llmcourse.judging import Outcome, Verdict, expectations, holds_answers, judge, runner_for
 from llmcourse.zygote import Zygote
 
 MAX_STDERR_CHARS = 400
@@ -90,7 +90,7 @@ def _check(answer: Callable[..., Any], seed: int) -> Verdict:
         return _refused(str(error.args[0]))
     if answer is exercise.reference or str(getattr(answer, "__module__", "")).startswith("llmcourse.lessons"):
         return _refused(f"{name} is the course's own answer; write yours in the exercise's cell", exercise)
-    runner = InProcess()
+    runner, seed = runner_for(exercise, seed)
     heard = io.StringIO()
     # A grader that reads a cell's outputs takes anything on stderr for a failure; it goes into the report instead.
     with contextlib.redirect_stderr(heard):
@@ -227,6 +227,11 @@ def check_notebook(
     number = seed if seed is not None else _fresh_seed()
     with interrupts.held():
         exercises = [find(name) for name in found.names]
+    if not all(map(holds_answers, exercises)):
+        raise submission.UnreadableNotebook(
+            f"{found.path}: expected the full course, found a kit, which holds no answers to judge with; "
+            "run the `check` cells of the notebook"
+        )
     shared = Zygote() if zygote is None else zygote
     with (
         Engine(zygote=shared, preload=preloads(exercises)) as ahead,

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -305,6 +306,8 @@ def check(
         gc.enable()
         try:
             found = checking.check_notebook(read, seed=seed, zygote=zygote)
+        except submission.UnreadableNotebook as error:
+            raise UserError(str(error), code=2) from error
         except HarnessFault as error:
             raise UserError(
                 f"the judge itself failed, so there is no verdict: {error}", code=HARNESS_FAULT
@@ -578,6 +581,91 @@ def grade(
         errors.print(f"{student} could not be judged: {fault}; run the same command again", markup=False)
     if found.failed:
         raise typer.Exit(HARNESS_FAULT)
+
+
+@app.command(
+    epilog="Example: llmcourse kit 01 --only read_header --only plan_load --points plan_load=5 --spoken 4"
+)
+def kit(
+    lesson: Annotated[
+        str,
+        typer.Argument(
+            metavar="LESSON", help="Its name, topic or number, or one under notebooks/.", show_default=False
+        ),
+    ],
+    only: Annotated[list[str] | None, typer.Option(metavar="EXERCISE", help="Keep only these.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(metavar="EXERCISE", help="Leave these out.")] = None,
+    points: Annotated[
+        list[str] | None, typer.Option(metavar="EXERCISE=POINTS", help="What one is worth.")
+    ] = None,
+    add: Annotated[
+        list[str] | None, typer.Option(metavar="EXERCISE", help="One of your own, of LLMCOURSE_LESSONS.")
+    ] = None,
+    spoken: Annotated[
+        float | None, typer.Option(metavar="POINTS", help="Ask for the spoken answer; you grade it.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the assignment; the lesson's own unless given.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the notebook.")] = None,
+    due: Annotated[datetime | None, typer.Option(help="When it is to be handed in.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="How many sets of inputs `check` has.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="ZIP", help="Where to; NAME-kit.zip.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier one.")] = False,
+) -> None:
+    """Pack what a class gets: the student notebook and a package without answers.
+
+    With choices, your version is written to notebooks/NAME/NAME.ipynb first: it is what `llmcourse grade` goes by.
+    """
+    with interrupts.held():
+        from llmcourse import kit as kits
+        from llmcourse.zygote import HarnessFault
+    shapes = any(given is not None for given in (only, drop, points, add, spoken, title, name))
+    try:
+        which, notes = lesson, []
+        if shapes:
+            chosen = kits.shape(
+                lesson,
+                name=name,
+                only=only,
+                drop=drop or (),
+                points=_points(points or []),
+                add=add or (),
+                spoken=spoken,
+                title=title,
+            )
+            print(f"Your version: {kits.write(chosen, force=force)}")
+            which, notes = chosen.name, list(chosen.notes)
+        with errors.status("Running our answers …") as status:
+            packed = kits.pack(
+                which,
+                out,
+                seeds=seeds,
+                due=due,
+                force=force,
+                done=lambda finished, of: status.update(f"Running our answers … {finished} of {of}"),
+            )
+    except (kits.ShapeError, kits.KitError, HarnessFault) as error:
+        raise UserError(str(error)) from error
+    for note in [*notes, *packed.notes]:
+        print(f"Note: {note}")
+    print(f"{packed.path}: {len(packed.exercises)} exercises, {_binary(packed.size_bytes)}")
+
+
+def _points(given: list[str]) -> dict[str, float]:
+    """EXERCISE=POINTS as a dictionary."""
+    points = {}
+    for one in given:
+        name, equals, number = one.partition("=")
+        try:
+            points[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise UserError(
+                f"--points: expected EXERCISE=POINTS, such as read_header=4, found {one!r}", code=2
+            )
+    return points
 
 
 @contextmanager

@@ -31,8 +31,9 @@ from llmcourse.zygote import HarnessFault, Zygote
 class Plan:
     """What is the same for every submission of a run.
 
-    version: a digest of the teacher's notebook. seed: all inputs follow from it; it never enters a worker. in_jail: True refuses to judge without the jail.
-    lessons: LLMCOURSE_LESSONS of the teacher's process, for one that was started elsewhere.
+    version: a digest of the teacher's notebook. seed: all inputs follow from it; it never enters a worker. in_jail:
+    True refuses to judge without the jail. lessons: LLMCOURSE_LESSONS of the teacher's process, for one that was
+    started elsewhere.
     """
 
     assignment: str
@@ -155,12 +156,15 @@ def _graded(verdict: Verdict, found: Submission) -> GradedExercise:
 
 def _same_as(exercise: Exercise, form: str) -> tuple[str, ...]:
     """Which of the course's own right answers an answer is, by its form."""
-    ours = {exercise.name: "reference", **{name: f"alternative {name}" for name in exercise.alternatives}}
-    return tuple(
-        words
-        for name, words in ours.items()
-        if form and form == likeness.form(source.definition(exercise.source, name, exercise.path), name)
-    )
+    return tuple(words for words, ours in _our_forms(exercise.name).items() if form and form == ours)
+
+
+@functools.cache
+def _our_forms(name: str) -> dict[str, str]:
+    exercise = find(name)
+    ours = {"reference": name, **{f"alternative {one}": one for one in exercise.alternatives}}
+    text, path = exercise.source, exercise.path
+    return {words: likeness.form(source.definition(text, one, path), one) for words, one in ours.items()}
 
 
 # ----------------------------------------------------------------------------------------- one engine for a process

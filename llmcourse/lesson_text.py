@@ -295,7 +295,7 @@ def _linked_cells(mark: Mark, lesson: Lesson, exercises: Mapping[str, ExerciseTe
     import nbformat
 
     if mark.kind == "exercise":
-        return _exercise_cells(exercises[mark.name], lesson.language)
+        return exercise_cells(exercises[mark.name], lesson.language)
     path = lesson.text.parent / mark.target
     if not path.is_file():
         schema = "its schema: llmcourse/interview_source.py"
@@ -307,7 +307,7 @@ def _linked_cells(mark: Mark, lesson: Lesson, exercises: Mapping[str, ExerciseTe
     return [nbformat.v4.new_markdown_cell(part) for part in rendered]
 
 
-def _exercise_cells(exercise: ExerciseText, language: str) -> list[Any]:
+def exercise_cells(exercise: ExerciseText, language: str) -> list[Any]:
     """Heading, answer and check. Stock nbgrader fails a whole submission whose cell earns more than its points, so the
     check of an extension, worth none there, is a locked cell that it does not grade."""
     import nbformat

@@ -49,12 +49,23 @@ NEVER_RUN_BY_LESSONS = {
     "auditing",
     "benchmarks",
     "cli",
+    "feedback",
+    "graded",
+    "gradebook",
+    "grader",
+    "grading",
+    "intake",
     "interview",
     "interview_source",
     "interview_words",
+    "kit",
     "leaks",
     "lesson_text",
+    "likeness",
     "notebook",
+    "preprocessor",
+    "rebuilding",
+    "shaping",
 }
 
 

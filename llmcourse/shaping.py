@@ -295,7 +295,7 @@ def _add(notebook: Any, exercises: Sequence[ExerciseText], language: str) -> Non
     at = max((_section(cells, name).stop for name in there), default=len(cells))
     new: list[Any] = []
     for exercise in exercises:
-        heading, answer, check = lesson_text._exercise_cells(exercise, language)
+        heading, answer, check = lesson_text.exercise_cells(exercise, language)
         answer.source = exercise.stub
         imports = _imports_for(exercise)
         new += [heading, *([nbformat.v4.new_code_cell(imports)] if imports else []), answer, check]

@@ -90,7 +90,12 @@ JUDGES = {
         "source",
         "submission",
     ),
-    *("track", "wall", "wire", "worker", "zygote"),
+    *("jail", "observations", "track", "wall", "wire", "worker", "zygote"),
+}
+# From a class's folder to the gradebook; nobody but the command line and the benchmarks knows of them.
+GRADERS = {
+    *("feedback", "graded", "gradebook", "grader", "grading", "intake", "likeness", "preprocessor"),
+    *("kit", "rebuilding", "shaping"),
 }
 INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_words", "standing"}
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS
@@ -103,6 +108,7 @@ PLACED = (
     | BUILDERS
     | EXPERIMENTS
     | PICTURES
+    | GRADERS
     | {"workspace", "lessons", "cli", "benchmarks"}
 )
 
@@ -115,7 +121,7 @@ def forbidden(importer: str) -> set[str]:
     if importer in MODELS:
         return everyone | {"exercise"} | JUDGES | BUILDERS | {"lessons", "workspace"}
     if importer in JUDGES:
-        return everyone | MODELS | BUILDERS | {"lessons"}
+        return everyone | MODELS | BUILDERS | GRADERS | {"lessons"}
     if importer in EXPERIMENTS:
         return everyone | JUDGES | BUILDERS | {"lessons", "workspace"}
     if importer == "lessons":
