@@ -12,7 +12,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from nbgrader.preprocessors import NbGraderPreprocessor
+from nbconvert.preprocessors import ClearMetadataPreprocessor
+from nbgrader.preprocessors import (
+    AssignLatePenalties,
+    CheckCellMetadata,
+    IgnorePattern,
+    LimitOutput,
+    NbGraderPreprocessor,
+)
 
 c = get_config()  # noqa: F821 (nbgrader puts it here)
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +65,19 @@ c.CourseDirectory.ignore = [
 c.ClearSolutions.code_stub = {"python": "raise NotImplementedError"}
 c.GenerateAssignment.preprocessors.append(DropBuildRecord)
 
-# A lesson's longest cell on a slow laptop; nbgrader's own 30 s would fail honest work.
+# No submission is executed: `nbgrader autograde`, and formgrader's button, ask the jailed judge of `llmcourse grade`.
+# What it does not protect from, as nbgrader does it before: see llmcourse/preprocessor.py.
+c.Autograde.autograde_preprocessors = [
+    "llmcourse.preprocessor.JudgeInJail",  # by name, so that reading this file does not need the package
+    IgnorePattern,
+    ClearMetadataPreprocessor,
+    LimitOutput,
+    "llmcourse.preprocessor.SaveVerdicts",
+    AssignLatePenalties,
+    CheckCellMetadata,
+]
+
+# Where a teacher goes back to nbgrader's own Execute: a lesson's longest cell on a slow laptop.
 c.Execute.timeout = 600
 
 # A deleted check cell would leave its score empty and wait for a person; put back, it is graded like any other.

@@ -187,6 +187,21 @@ def grade(
     unless given. insecure: judge without a jail where there is none. executor: judges instead of a pool of this
     machine; it has the interface of concurrent.futures. GradingError when nothing can be done.
     """
+    with opened(course, assignment, insecure=insecure, tell=tell) as run:
+        with _executor(executor, workers) as pool:
+            run.grade(pool, students, rerun)
+        return run.outcome
+
+
+@contextlib.contextmanager
+def opened(
+    course: Course,
+    assignment: str,
+    *,
+    insecure: bool = False,
+    tell: Callable[[Progress], None] = lambda progress: None,
+) -> Iterator[Run]:
+    """A run over an assignment, alone in its course; GradingError where that cannot be."""
     level = _level(insecure)
     teacher_path = course.teacher_path(assignment)
     try:
@@ -194,10 +209,7 @@ def grade(
     except UnreadableNotebook as error:
         raise GradingError(str(error)) from error
     with _only_one(course):
-        run = Run(course, assignment, teacher_path, teacher, insecure=insecure, level=level, tell=tell)
-        with _executor(executor, workers) as pool:
-            run.grade(pool, students, rerun)
-        return run.outcome
+        yield Run(course, assignment, teacher_path, teacher, insecure=insecure, level=level, tell=tell)
 
 
 def _level(insecure: bool) -> str:
@@ -254,6 +266,11 @@ class Run:
         self.notebook: NotebookNode = nbformat.reads(content.decode(), as_version=4)
         self._version = hashlib.sha256(content).hexdigest()
         self.outcome = Outcome(assignment, level, worth=worth_of(self.notebook))
+        if unknown := [name for name in self.outcome.worth if name not in teacher.names]:
+            self.outcome.notes.append(
+                f"no exercise is known here that check_{', check_'.join(unknown)} could judge, so it waits for you; "
+                "an exercise of your own lies in a folder that LLMCOURSE_LESSONS names"
+            )
         self._insecure, self._tell, self._progress = insecure, tell, Progress()
         self._state = course.state(assignment)
         self._state.mkdir(parents=True, exist_ok=True)
@@ -280,6 +297,7 @@ class Run:
                 f"collect them there: STUDENT/{self.assignment}/{self.assignment}.ipynb"
             )
         self._settle_run(names, rerun)
+        self._remove_partial_files()
         with Book(self.course.db_url, self.course.course_id, config=self.course.config) as self._book:
             self._book.register(self.assignment, self.assignment, self.notebook)
             self._progress.total = len(names)
@@ -287,6 +305,14 @@ class Run:
             self._judge_again(pool, inconclusive)
             self._write_pages(0)
         self._compare_with_classmates()
+
+    def _remove_partial_files(self) -> None:
+        """What a run that was killed was writing; its content is made again."""
+        left = list(self._state.glob(".*.partial"))
+        for kind in ("autograded", "feedback"):
+            left += self.course.grading.glob(f"{kind}/*/{self.assignment}/.*.partial")
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def _settle_run(self, names: Sequence[str], rerun: bool) -> None:
         """Number the run, and who is still to be judged in it: one that was killed goes on with what it began."""
@@ -310,15 +336,13 @@ class Run:
 
     def _judge(self, pool: Pool, names: Sequence[str]) -> list[tuple[Plan, Taken, Graded]]:
         """Judge and write everything that is not there yet; what has an inconclusive race comes back."""
-        from llmcourse.grader import key_of, mark
+        from llmcourse.grader import mark
 
         inconclusive: list[tuple[Plan, Taken, Graded]] = []
         waiting: dict[Future[Graded], tuple[Plan, Taken]] = {}
         for name in names:
-            taken = intake.take(self.course.submitted, name, self.assignment)
-            known, final = self._record(name)
-            plan = self._plan(self._run if name in self._in_run else known.run if known else 0)
-            if known is not None and known.key == key_of(plan, taken):
+            plan, taken, known, final = self._look_up(name)
+            if known is not None:
                 self._progress.done += 1
                 self._tell(self._progress)
                 if final:
@@ -332,6 +356,34 @@ class Run:
         while waiting:
             inconclusive += self._take_in(pool, waiting)
         return inconclusive
+
+    def _look_up(self, student: str) -> tuple[Plan, Taken, Graded | None, bool]:
+        """What is to be judged and by which plan; the record and whether it is final, if it was judged by just that."""
+        from llmcourse.grader import key_of
+
+        taken = intake.take(self.course.submitted, student, self.assignment)
+        known, final = self._record(student)
+        plan = self._plan(self._run if student in self._in_run else known.run if known else 0)
+        if known is not None and known.key == key_of(plan, taken):
+            return plan, taken, known, final
+        return plan, taken, None, False
+
+    def one(self, student: str) -> Graded:
+        """One student's final record, judged in this process unless it is there; nothing else is written.
+
+        HarnessFault where the judge itself fails.
+        """
+        from llmcourse.grader import again, mark
+
+        self._settle_run([student], rerun=False)
+        plan, taken, known, final = self._look_up(student)
+        if known is None:
+            known = mark(plan, taken)
+        if not final:
+            if any(exercise.verdict == "inconclusive" for exercise in known.exercises):
+                known = again(plan, taken, known)
+            self._keep(known, final=True)
+        return known
 
     def _take_in(
         self, pool: Pool, waiting: dict[Future[Graded], tuple[Plan, Taken]]
