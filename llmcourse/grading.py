@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 3  # of a submission while a judging process ended, its own or another
 AHEAD = 2  # submissions waiting for each worker
+CONNECT_S = 10
 
 
 class GradingError(Exception):
@@ -187,7 +188,8 @@ def grade(
     unless given. insecure: judge without a jail where there is none. executor: judges instead of a pool of this
     machine; it has the interface of concurrent.futures. GradingError when nothing can be done.
     """
-    with opened(course, assignment, insecure=insecure, tell=tell) as run:
+    refusal = executor.refusal if isinstance(executor, Cluster) else jail.refusal
+    with opened(course, assignment, insecure=insecure, refusal=refusal, tell=tell) as run:
         with _executor(executor, workers) as pool:
             run.grade(pool, students, rerun)
         return run.outcome
@@ -199,10 +201,14 @@ def opened(
     assignment: str,
     *,
     insecure: bool = False,
+    refusal: Callable[[], str | None] = lambda: jail.refusal(),
     tell: Callable[[Progress], None] = lambda progress: None,
 ) -> Iterator[Run]:
-    """A run over an assignment, alone in its course; GradingError where that cannot be."""
-    level = _level(insecure)
+    """A run over an assignment, alone in its course; GradingError where that cannot be.
+
+    refusal: why there is no jail where answers are judged, None where there is one.
+    """
+    level = _level(insecure, refusal())
     teacher_path = course.teacher_path(assignment)
     try:
         teacher = TeacherNotebook.from_path(teacher_path)
@@ -212,8 +218,7 @@ def opened(
         yield Run(course, assignment, teacher_path, teacher, insecure=insecure, level=level, tell=tell)
 
 
-def _level(insecure: bool) -> str:
-    refused = jail.refusal()
+def _level(insecure: bool, refused: str | None) -> str:
     if refused is None:
         from llmcourse.zygote import IN_JAIL
 
@@ -392,7 +397,7 @@ class Run:
         inconclusive = []
         for future in pool.finished(waiting):
             plan, taken = waiting.pop(future)
-            graded = self._verdict(future, taken.student)
+            graded = self._verdict(future, plan, taken)
             self._progress.done += 1
             self._tell(self._progress)
             if graded is None:
@@ -418,22 +423,29 @@ class Run:
             self._tell(self._progress)
             future = pool.submit(again, plan, taken, graded)
             pool.finished([future])
-            anew = self._verdict(future, taken.student)
+            anew = self._verdict(future, plan, taken)
             self._progress.again -= 1
             if anew is not None:
                 self._keep(anew, final=True)
                 self._write(pool, anew)
                 self._write_pages(0)
 
-    def _verdict(self, future: Future[Graded], student: str) -> Graded | None:
+    def _verdict(self, future: Future[Graded], plan: Plan, taken: Taken) -> Graded | None:
         """The record a future holds; None where the judge itself failed, which is told and stops nobody else."""
+        from llmcourse.grader import key_of
         from llmcourse.zygote import HarnessFault
 
         try:
-            return future.result()
+            graded = future.result()
         except (HarnessFault, BrokenExecutor) as fault:
-            self.outcome.failed[student] = " ".join(str(fault).split())
+            self.outcome.failed[taken.student] = " ".join(str(fault).split())
             return None
+        if graded.key == key_of(plan, taken):
+            return graded
+        self.outcome.failed[taken.student] = (
+            "it was judged by other exercises than there are here; install the same version on every machine"
+        )
+        return None
 
     # ---------------------------------------------------------------------------------------------------- writing
 
@@ -583,8 +595,65 @@ def _plain(value: float) -> str:
 # -------------------------------------------------------------------------------------------------- who does the work
 
 
+class Cluster(Executor):
+    """The workers of a dask.distributed scheduler. GradingError where there are none, or none with this package."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._workers = client.get_executor(pure=False, retries=ATTEMPTS)
+        if not client.nthreads():
+            address = client.scheduler.address
+            raise GradingError(
+                f"expected workers at {address}, found none; start one a core: dask worker {address} --nthreads 1"
+            )
+
+    @property
+    def size(self) -> int:
+        """Worker processes that there are now."""
+        return len(self._client.nthreads()) or 1
+
+    def refusal(self) -> str | None:
+        """Why answers cannot be jailed on one of the workers; None where they can on all."""
+        for worker, said in self._client.run(jail.refusal, on_error="return").items():
+            if isinstance(said, BaseException):
+                raise GradingError(
+                    f"expected this package on the worker {worker}, found: {said}; install the same version there"
+                )
+            if said is not None:
+                return f"{worker}: {said}"
+        return None
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **options: Any) -> Future[Any]:
+        from distributed import KilledWorker
+
+        future: Future[Any] = Future()
+
+        def ended(done: Future[Any]) -> None:
+            error = ConnectionError("the scheduler is gone") if done.cancelled() else done.exception()
+            if error is None:
+                future.set_result(done.result())
+            elif isinstance(error, KilledWorker | OSError):
+                broken = BrokenExecutor(f"the workers that judged it have ended ({type(error).__name__})")
+                broken.__cause__ = error
+                future.set_exception(broken)
+            else:
+                future.set_exception(error)
+
+        self._workers.submit(_alone, work, *arguments, **options).add_done_callback(ended)
+        return future
+
+
+_in_this_process = threading.Lock()
+
+
+def _alone(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Do some work, one at a time in a process: a worker may have several threads, its engine has one."""
+    with _in_this_process:
+        return work(*arguments)
+
+
 @contextlib.contextmanager
-def executor_of(address: str | None) -> Iterator[Executor | None]:
+def executor_of(address: str | None) -> Iterator[Cluster | None]:
     """The workers of a dask.distributed scheduler, as an executor; None where there is no address."""
     if address is None:
         yield None
@@ -596,14 +665,15 @@ def executor_of(address: str | None) -> Iterator[Executor | None]:
             "expected dask.distributed for --dask, found none; install it with: pip install 'llmcourse[dask]'"
         ) from error
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = Client(address, timeout=CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
+        said = str(error) or type(error).__name__
         raise GradingError(
-            f"expected a dask scheduler at {address}, found none ({error}); start one with `dask scheduler`"
+            f"expected a dask scheduler at {address}, found none ({said}); start one with `dask scheduler`, "
+            "and give the address that it prints"
         ) from error
     with client:
-        # The same submission may be judged again after a worker has ended; its result is the same.
-        yield client.get_executor(pure=False, retries=ATTEMPTS)
+        yield Cluster(client)
 
 
 class Pool:
@@ -630,7 +700,7 @@ class Pool:
             inner = self._executor.submit(work, *arguments)
 
         def ended(done: Future[Any]) -> None:
-            error = done.exception()
+            error = BrokenExecutor("given up unfinished") if done.cancelled() else done.exception()
             if isinstance(error, BrokenExecutor) and attempt < ATTEMPTS:
                 self._renew(executor)
                 self._start(future, work, arguments, attempt + 1)
@@ -658,7 +728,7 @@ class Pool:
 
 @contextlib.contextmanager
 def _executor(given: Executor | None, workers: int | None) -> Iterator[Pool]:
-    size = workers or _cores()
+    size = workers or (given.size if isinstance(given, Cluster) else _cores())
     pool = Pool(size, lambda: given) if given is not None else Pool(size, lambda: _processes(size))
     try:
         yield pool
