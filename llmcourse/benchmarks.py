@@ -688,6 +688,18 @@ def race_rows(races: int) -> Iterator[Row]:
                 process.wait()
 
 
+def class_rows(submissions: int) -> Iterator[Row]:
+    from llmcourse.grading_benchmarks import grading_rows
+
+    yield from grading_rows(submissions)
+
+
+def kill_rows(kills: int) -> Iterator[Row]:
+    from llmcourse.grading_benchmarks import killed_rows
+
+    yield from killed_rows(50 * kills, kills)
+
+
 # --------------------------------------------------------------------------------------------------------- table
 
 
@@ -716,17 +728,18 @@ def line(row: Row) -> str:
 
 
 def replaced(text: str, rows: Sequence[Row]) -> str:
-    """The file with these rows in the places of those of the same name; ValueError where one has no place.
+    """The file with these rows in the places of those of the same name, new ones at the end.
 
-    >>> replaced("| a | 1 |  |  |\\n| b | 2 |  |  |\\n", [Row("b", "3", "≤ 4", True)])
-    '| a | 1 |  |  |\\n| b | 3 | ≤ 4 | yes |\\n'
+    >>> replaced("| a | 1 |  |  |\\n| b | 2 |  |  |\\n", [Row("b", "3", "≤ 4", True), Row("c", "5", "", None)])
+    '| a | 1 |  |  |\\n| b | 3 | ≤ 4 | yes |\\n| c | 5 |  |  |\\n'
     """
     lines = text.splitlines()
     places = {found.split(" | ")[0].removeprefix("| "): number for number, found in enumerate(lines)}
     for row in rows:
-        if row.what not in places:
-            raise ValueError(f"BENCHMARKS.md has no row {row.what!r}; run `make bench` whole")
-        lines[places[row.what]] = line(row)
+        if row.what in places:
+            lines[places[row.what]] = line(row)
+        else:
+            lines.append(line(row))
     return "\n".join(lines) + "\n"
 
 
@@ -737,6 +750,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--races", type=int, default=300, help="real races, in all; about three seconds each")
+    parser.add_argument("--submissions", type=int, default=300, help="of the mixed class that is graded")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="of the grader, in a class of fifty times as many"
+    )
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     # The functions and not their rows: a part is measured when its turn comes.
@@ -750,6 +767,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "definitions": lambda options: definition_rows(),
         "optimizers": lambda options: optimizer_rows(options.rounds),
         "races": lambda options: race_rows(options.races),
+        "grading": lambda options: class_rows(options.submissions),
+        "kills": lambda options: kill_rows(options.kills),
     }
     parser.add_argument(
         "--only",

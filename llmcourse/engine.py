@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from types import TracebackType
 from typing import Any
@@ -44,7 +44,7 @@ from llmcourse.judging import (
 )
 from llmcourse.racing import RaceResult
 from llmcourse.services import Link
-from llmcourse.track import Lane, Stumbled, run_race
+from llmcourse.track import Lane, Stumbled, cpu_clock, run_race
 from llmcourse.wall import ENGINE_FOLDER
 from llmcourse.zygote import Forked, HarnessFault, Zygote
 
@@ -62,6 +62,7 @@ MAX_CALLS = 256
 ERROR_KINDS = ("raised", "not written", "missing")
 MAX_TEXTS, MAX_TEXT_CHARS = 64, 600
 MAX_FOUND_NAMES = 12
+MAX_LEFT_OUT = 32  # parts of one notebook that hang, at the whole limit each
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ class Loaded:
 class WorkerProcess:
     """The judge's end of one worker."""
 
-    def __init__(self, engine: Engine, exercise: Exercise, answer: Answer, seed: int) -> None:
+    def __init__(
+        self, engine: Engine, exercise: Exercise, answer: Answer, seed: int, *, alone: bool = False
+    ) -> None:
         self._engine, self._exercise, self._answer, self._seed = engine, exercise, answer, seed
         self._sending = threading.Lock()
         self._calls = threading.Semaphore(MAX_CALLS)
@@ -102,7 +105,7 @@ class WorkerProcess:
         self._connection, theirs = socket.socketpair()
         closed = None if answer.trusted else [*course_places(exercise), *engine.closed]
         self.forked: Forked | None = engine.zygote.fork(
-            self._connection, theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed
+            self._connection, theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed, alone=alone
         )
         self.pid, self.lives_in = self.forked.pid, self.forked.folder
         theirs.close()
@@ -170,6 +173,7 @@ class WorkerProcess:
             "attributes": getattr(service, "attributes", {}),
         }
         deadline = time.monotonic() + limit
+        before_s = self._cpu_s()
         try:
             handed_on = {"saved": saved[1]} if saved[0] else None
             wire.send(self._connection, message, handed_on, deadline=deadline)
@@ -182,13 +186,20 @@ class WorkerProcess:
                     current = reply.get("number") == self._items
                     self._servers.submit(self._serve, service if current else None, reply, data)
                     continue
-                return outcome_of(self._checked(reply), data.get("observed"), {})
+                outcome = outcome_of(self._checked(reply), data.get("observed"), {})
+                return replace(outcome, cpu_seconds=max(0.0, self._cpu_s() - before_s))
         except TimeoutError:
             return _failed("timed out", f"it ran for more than {limit:.1f} s", limit)
         except wire.ProtocolError as error:
             return _failed("protocol", str(error))
         except wire.Ended as error:
             return _failed("died", self._ending(error))
+
+    def _cpu_s(self) -> float:
+        """CPU seconds of the worker until now; 0 where the system does not say, or it has ended."""
+        with contextlib.suppress(OSError):
+            return clock() if (clock := cpu_clock(self.pid)) is not None else 0.0
+        return 0.0
 
     def line_up(self, race: Race, contender: str, seeds: tuple[int, int], x: Any) -> None:
         """Set up this worker as a contender of a race: "answer", "reference", "baseline" or "no-op"."""
@@ -436,11 +447,12 @@ class Engine:
         try:
             for name in racing.NAMES:
                 runs = answer if name == "answer" else reference
-                workers[name] = WorkerProcess(self, exercise, runs, seed)
+                # What another process did for it would be on no clock, and could slow down the others.
+                workers[name] = WorkerProcess(self, exercise, runs, seed, alone=True)
                 loaded = workers[name].load(cases)
                 if loaded.stopped is not None:
-                    raise HarnessFault(
-                        f"{exercise.name}: a right answer could not be loaded again: {loaded.why}"
+                    return fallen(
+                        exercise, name, f"while it was loaded again: {loaded.why}", exercise.race.keeps
                     )
             lanes = {
                 name: Lane(functools.partial(worker.line_up, exercise.race, name), worker.lap, worker.pid)
@@ -554,6 +566,10 @@ class Run:
     def _start(self) -> Outcome | None:
         """Fork and load workers, a rank each; a part that stops loading is left out unless it is the answer's own."""
         while True:
+            if len(self._engine.left_out) >= MAX_LEFT_OUT:
+                return _failed(
+                    "timed out", f"{MAX_LEFT_OUT} cells of this notebook hung or ended their process"
+                )
             for _ in range(self._exercise.ranks - len(self._workers)):
                 self._workers.append(WorkerProcess(self._engine, self._exercise, self._answer, self._seed))
             loaded = [worker.load(self._cases) for worker in self._workers]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
+import multiprocessing.util
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -74,14 +75,21 @@ def mark(plan: Plan, taken: Taken) -> Graded:
     read_s = time.perf_counter() - began
     verdicts, left_out = _judged(plan, found, exercises)
     judged_s = time.perf_counter() - began - read_s
-    cases_s = sum(result.outcome.seconds for verdict in verdicts for result in verdict.results)
+    outcomes = [result.outcome for verdict in verdicts for result in verdict.results]
+    cases_s = sum(outcome.seconds for outcome in outcomes)
+    cases_cpu_s = sum(outcome.cpu_seconds for outcome in outcomes)
     return replace(
         record,
         exercises=tuple(_graded(verdict, found) for verdict in verdicts),
         answers=found.answers,
         helpers=found.helpers,
         notes=(*taken.notes, *found.notes, *left_out),
-        seconds={"reading": read_s, "cases": cases_s, "judging": judged_s - cases_s},
+        seconds={
+            "reading": read_s,
+            "cases": cases_s,
+            "cases on the CPU": cases_cpu_s,
+            "judging": judged_s - cases_s,
+        },
     )
 
 
@@ -187,3 +195,5 @@ def close() -> None:
 
 
 atexit.register(close)
+# A process of multiprocessing ends without atexit.
+multiprocessing.util.Finalize(None, close, exitpriority=0)

@@ -2,6 +2,7 @@
 
     grading/submitted/STUDENT/ASSIGNMENT/ASSIGNMENT.ipynb
                                          timestamp.txt       when it was handed in, by nbgrader's exchange
+                                         submission_secret.txt       by which it hands feedback to its student
 
 Students put into their folders what they like, and may change it at any time. So every step down is opened from the
 folder above by its descriptor and never through a link, only plain files with one name are read, from the descriptor
@@ -26,8 +27,10 @@ from llmcourse import submission
 from llmcourse.submission import one_line
 
 MAX_STUDENTS, MAX_ENTRIES, MAX_NAME_BYTES, MAX_TIMESTAMP_BYTES = 200_000, 2_000, 200, 100
+MAX_SECRET_BYTES = 200
 SHOWN_NAMES = 5
-IGNORED = ("timestamp.txt", ".ipynb_checkpoints")  # nbgrader's and Jupyter's own
+SECRET = "submission_secret.txt"
+IGNORED = ("timestamp.txt", SECRET, ".ipynb_checkpoints")  # nbgrader's and Jupyter's own
 # What a student's own entries can lead to; any other error (a full table of files, a bad disk) is the machine's.
 OF_THE_ENTRY = (
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM),
@@ -115,6 +118,19 @@ def take(submitted: Path, student: str, assignment: str) -> Taken:
     except _Refused as refused:
         return Taken(student, assignment, None, str(refused), tuple(notes), submitted_at)
     return Taken(student, assignment, raw, None, tuple(notes), submitted_at)
+
+
+def exchange_secret(submitted: Path, student: str, assignment: str) -> str:
+    """What nbgrader's exchange names a student's feedback by; "" where there is none that can be read."""
+    try:
+        with (
+            _top_folder(submitted) as top,
+            _opened(student, top, stat.S_ISDIR) as home,
+            _opened(assignment, home, stat.S_ISDIR) as folder,
+        ):
+            return _read(SECRET, folder, MAX_SECRET_BYTES).decode("utf-8", "replace")
+    except _Refused:
+        return ""
 
 
 # ------------------------------------------------------------------------------------------------------------- names

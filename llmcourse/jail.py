@@ -104,6 +104,11 @@ REFUSED = {
 }
 
 
+# How a process is made, by architecture: clone, clone3, and the older calls, which x86 alone has.
+NEW_PROCESS = {"x86_64": (56, 435, (57, 58)), "aarch64": (220, 435, ())}
+CLONE_THREAD, FIRST_ARGUMENT = 0x00010000, 16  # the latter: where a filter finds the low half of it
+
+
 class NoJail(OSError):
     """The system does not let us build the jail: one line says what is missing."""
 
@@ -241,8 +246,11 @@ def enclose(closed: Sequence[str], uid: int, disk_bytes: int = DISK_BYTES) -> No
             mount("/dev/null", place, None, BIND)
 
 
-def step_down(uid: int) -> None:
-    """Become a user without any right, in a user namespace that counts its processes alone; there is no way back."""
+def step_down(uid: int, *, alone: bool = False) -> None:
+    """Become a user without any right, in a user namespace that counts its processes alone; there is no way back.
+
+    alone: start no other process either, threads only.
+    """
     library = _library()
     library.prctl(SET_DEATH_SIGNAL, 0, 0, 0, 0)
     if uid != os.getuid():
@@ -270,11 +278,15 @@ def step_down(uid: int) -> None:
     call(library.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "dying with the keeper")
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
-    refuse_system_calls()
+    refuse_system_calls(alone=alone)
 
 
-def refuse_system_calls() -> None:
-    """Install the filter: EPERM for what is refused, another architecture's calls end the process."""
+def refuse_system_calls(*, alone: bool = False) -> None:
+    """Install the filter: EPERM for what is refused, another architecture's calls end the process.
+
+    alone: no other process either. A thread is made by the same call with a flag; the newer call hides its flags from
+    a filter, so it is said not to exist, and the C library takes the older one.
+    """
     architecture, numbers = REFUSED[platform.machine()]
     load, equal, at_least, give = (
         0x20,
@@ -283,12 +295,20 @@ def refuse_system_calls() -> None:
         0x06,
     )  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # SECCOMP_RET_ALLOW, _ERRNO|EPERM, _KILL_PROCESS
-    refused = sorted(numbers.values())
+    test_bits, no_such_call = 0x45, 0x00050026  # BPF_JMP|JSET|K, SECCOMP_RET_ERRNO|ENOSYS
+    clone, clone3, older = NEW_PROCESS[platform.machine()]
+    refused = sorted([*numbers.values(), *(older if alone else ())])
+    threads_only = [
+        *((equal, 0, 1, clone3), (give, 0, 0, no_such_call)),
+        *((equal, 0, 2, clone), (load, 0, 0, FIRST_ARGUMENT), (test_bits, 0, 1, CLONE_THREAD)),
+    ]
+    rest = threads_only if alone else []
     program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
     # Calls of x86's 32-bit-pointer variant carry this bit and would pass by their number.
-    program.append((at_least, len(refused) + 1, 0, 0x40000000))
-    program += [(equal, len(refused) - index, 0, number) for index, number in enumerate(refused)]
-    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    to_refusal = len(refused) + len(rest)
+    program.append((at_least, to_refusal + 1, 0, 0x40000000))
+    program += [(equal, to_refusal - index, 0, number) for index, number in enumerate(refused)]
+    program += [*rest, (give, 0, 0, allow), (give, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
     described = struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
     call(_library().prctl(SET_SECCOMP, SECCOMP_FILTER, described, 0, 0), "filtering system calls")
@@ -337,11 +357,16 @@ def _number(path: str, at: int, begins: bytes) -> int:
 
 
 def fork_into(
-    work: Callable[[], object], *, closed: Sequence[str], memory_bytes: int, release: Sequence[int] = ()
+    work: Callable[[], object],
+    *,
+    closed: Sequence[str],
+    memory_bytes: int,
+    release: Sequence[int] = (),
+    alone: bool = False,
 ) -> tuple[int, int]:
     """Fork `work` into an inner jail, from within the outer one; its keeper's process id and a pipe that tells of it.
 
-    release: descriptors that the worker alone holds on to.
+    release: descriptors that the worker alone holds on to. alone: it starts no other process.
     """
     library, uid = _library(), _fresh_uid()
     reading, writing = os.pipe()
@@ -349,7 +374,7 @@ def fork_into(
     call(library.unshare(NEWPID), "a process namespace")
     keeper = os.fork()
     if keeper == 0:
-        _keeper(work, closed, uid, memory_bytes, [*release, own, reading], writing)
+        _keeper(work, closed, uid, memory_bytes, [*release, own, reading], writing, alone)
     call(library.setns(own, NEWPID), "this process's own namespace")
     os.close(own)
     os.close(writing)
@@ -363,6 +388,7 @@ def _keeper(
     memory_bytes: int,
     release: Sequence[int],
     writing: int,
+    alone: bool,
 ) -> NoReturn:
     """The first process of a namespace, which forks the worker, waits for it and says into the pipe how it ended."""
     status, why = 3 << 8, ""
@@ -370,7 +396,7 @@ def _keeper(
         enclose(closed, uid)
         worker = os.fork()
         if worker == 0:
-            _worker(work, uid, writing)
+            _worker(work, uid, writing, alone)
         for descriptor in release:
             os.close(descriptor)
         status, why = keep(worker, memory_bytes)
@@ -380,9 +406,9 @@ def _keeper(
     os._exit(0)
 
 
-def _worker(work: Callable[[], object], uid: int, writing: int) -> NoReturn:
+def _worker(work: Callable[[], object], uid: int, writing: int, alone: bool) -> NoReturn:
     try:
-        step_down(uid)
+        step_down(uid, alone=alone)
         os.close(writing)
     except BaseException as error:  # noqa: BLE001 - as above
         os.write(writing, f"{3 << 8} {error}\n".encode())

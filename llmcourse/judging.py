@@ -33,6 +33,7 @@ class Outcome:
     """What one item gave: observations, or an error of a kind.
 
     error kinds: raised, not written, missing (no such name), died, timed out, protocol, interrupted, not run.
+    seconds: as the answer's process says. cpu_seconds: of that process, read from outside; 0 where nobody read them.
     """
 
     observed: Data = None
@@ -41,6 +42,7 @@ class Outcome:
     tried: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
     counts: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
 
     @property
     def kind(self) -> str:

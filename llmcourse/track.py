@@ -41,7 +41,7 @@ class Lane:
     pid: int | None
 
 
-def _cpu_clock(pid: int | None) -> Callable[[], float] | None:
+def cpu_clock(pid: int | None) -> Callable[[], float] | None:
     """Reads the CPU seconds that all threads of a process have used, from outside; None where Linux is not."""
     if pid is None or sys.platform != "linux":
         return None
@@ -60,7 +60,7 @@ def run_race(exercise: Exercise, lanes: Mapping[str, Lane], seed: int) -> RaceRe
         try:
             lane.line_up(seeds, race.inputs(drawn))
         except Stumbled as error:
-            return _fallen(exercise, name, f"while it was set up: {error}", race.keeps)
+            return fallen(exercise, name, f"while it was set up: {error}", race.keeps)
     ours = race.function(exercise.reference, Rng(*seeds))
 
     def check(name: str, x: Any, output: Any) -> str | None:
@@ -73,7 +73,7 @@ def run_race(exercise: Exercise, lanes: Mapping[str, Lane], seed: int) -> RaceRe
 
     pids = {name: lane.pid for name, lane in lanes.items() if lane.pid is not None}
     contenders = [
-        Contender(name, functools.partial(_named_lap, name, lane), _cpu_clock(lane.pid))
+        Contender(name, functools.partial(_named_lap, name, lane), cpu_clock(lane.pid))
         for name, lane in lanes.items()
     ]
     chance = Random(derive_seed(seed, "order"))
@@ -88,7 +88,7 @@ def run_race(exercise: Exercise, lanes: Mapping[str, Lane], seed: int) -> RaceRe
                 rules=RULES,
             )
         except Stumbled as error:
-            return _fallen(exercise, error.name, f"in a lap: {error}", race.keeps)
+            return fallen(exercise, error.name, f"in a lap: {error}", race.keeps)
 
 
 def _named_lap(name: str, lane: Lane, x: Any) -> Any:
@@ -99,7 +99,8 @@ def _named_lap(name: str, lane: Lane, x: Any) -> Any:
         raise
 
 
-def _fallen(exercise: Exercise, name: str, why: str, share: float) -> RaceResult:
+def fallen(exercise: Exercise, name: str, why: str, share: float) -> RaceResult:
+    """The result of an answer that stumbled; HarnessFault where it was one of ours."""
     if name != "answer":
         raise HarnessFault(f"{exercise.name}: the {name} of its race failed {why}")
     return RaceResult("failed", why, share, 0, None, None, None, None, {}, {})

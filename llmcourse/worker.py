@@ -575,7 +575,9 @@ def _forked(
 
     if in_jail:
         release = (connection, control.fileno())
-        return jail.fork_into(work, closed=closed or (), memory_bytes=max_data_bytes, release=release)
+        return jail.fork_into(
+            work, closed=closed or (), memory_bytes=max_data_bytes, release=release, alone=request["alone"]
+        )
     pid = os.fork()
     if pid == 0:
         # A worker that ends in any way must not run the zygote's own exit.

@@ -185,13 +185,14 @@ class Zygote:
         *,
         max_data_bytes: int,
         closed: Sequence[str] | None = None,
+        alone: bool = False,
     ) -> Forked:
         """A new worker that serves the connection `theirs` and lives in `folder`, in the jail in one of its own.
 
         closed: files and folders that it may not read; None for one of our own. max_data_bytes: of each of its
-        processes, and in the jail of all of them together.
+        processes, and in the jail of all of them together. alone: in the jail it starts no other process.
         """
-        request = {"fork": folder, "max_data_bytes": max_data_bytes, "closed": closed}
+        request = {"fork": folder, "max_data_bytes": max_data_bytes, "closed": closed, "alone": alone}
         if not self.in_jail:
             pid = int(self._ask(request, [theirs.fileno()])["pid"])
             return Forked(pid, pid, folder)
