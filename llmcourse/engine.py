@@ -44,7 +44,7 @@ from llmcourse.judging import (
 )
 from llmcourse.racing import RaceResult
 from llmcourse.services import Link
-from llmcourse.track import Lane, Stumbled, cpu_clock, run_race
+from llmcourse.track import Lane, Stumbled, cpu_clock, fallen, run_race
 from llmcourse.wall import ENGINE_FOLDER
 from llmcourse.zygote import Forked, HarnessFault, Zygote
 
