@@ -2,6 +2,7 @@
 # make test       set up if needed, run every check
 # make notebooks  build and execute what is stale        make audit  prove the exercises
 # make bench      measure, write BENCHMARKS.md           make setup  only set up
+# make test-attacks  every attack on the grader; make test runs those that are quick
 #
 # PYTHON=python3.12 chooses the interpreter of .venv. Written for GNU make 3.81, which macOS carries; the commands
 # name no path outside this folder, so its own path may contain spaces.
@@ -28,7 +29,7 @@ BROWSER ?= $(wildcard tests/browser/test_lesson.py tests/browser/test_interview.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
-.PHONY: setup lab test notebooks audit bench
+.PHONY: setup lab test test-attacks notebooks audit bench
 
 setup: $(STAMP)
 
@@ -67,6 +68,9 @@ ifneq ($(BROWSER),)
 	@$(PY) -m pytest -m browser $(BROWSER)
 endif
 	@echo "== all passed"
+
+test-attacks: $(STAMP)
+	@$(PY) -m pytest -m attack tests/attacks
 
 notebooks: $(STAMP)
 	@$(PY) -m llmcourse.notebook
