@@ -305,6 +305,9 @@ class Run:
         self._remove_partial_files()
         with Book(self.course.db_url, self.course.course_id, config=self.course.config) as self._book:
             self._book.register(self.assignment, self.assignment, self.notebook)
+            if source := self.course.config.CourseDirectory.get("source_directory"):
+                # formgrader lists assignments by their folders there, also an assignment that has no source
+                (self.course.root / str(source) / self.assignment).mkdir(parents=True, exist_ok=True)
             self._progress.total = len(names)
             inconclusive = self._judge(pool, names)
             self._judge_again(pool, inconclusive)

@@ -113,9 +113,7 @@ def test_feedback_is_named_by_the_students_secret_and_by_one_of_ours_where_there
     monkeypatch.setenv("LLMCOURSE_LESSONS", str(classroom.make_course(tmp_path)))
     monkeypatch.setattr(grader, "mark", judged)
     monkeypatch.setattr(jail, "refusal", lambda: None)
-    released = tmp_path / "notebooks" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb"
-    released.parent.mkdir(parents=True)
-    released.write_bytes((tmp_path / "solutions" / ASSIGNMENT / f"{ASSIGNMENT}.ipynb").read_bytes())
+    (tmp_path / "solutions").rename(tmp_path / "notebooks")
     places = {
         name: submit(tmp_path, name, handed_in(tmp_path, {}), "2026-03-01 12:00:00.5 UTC").parent
         for name in ("given", "linked", "none", "large")
@@ -129,6 +127,7 @@ def test_feedback_is_named_by_the_students_secret_and_by_one_of_ours_where_there
     with ThreadPoolExecutor(1) as here:
         outcome = grade(Course(tmp_path), ASSIGNMENT, executor=here)
     assert outcome.records["given"].notes == ()
+    assert (tmp_path / "solutions" / ASSIGNMENT).is_dir()  # or formgrader shows no such assignment
     for kind in ("feedback", "autograded"):
         folders = {name: tmp_path / "grading" / kind / name / ASSIGNMENT for name in places}
         found = {name: (folder / intake.SECRET).read_text() for name, folder in folders.items()}
