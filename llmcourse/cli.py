@@ -675,16 +675,19 @@ def _grading_bar() -> Iterator[Callable[[GradingProgress], None]]:
     from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task("Judging …", total=None)
+    bar = Bar(*columns, console=errors, transient=True)
+    task = bar.add_task("Judging …", total=None)
 
-        def tell(now: GradingProgress) -> None:
-            again = f"{now.again} races again, one at a time …"
-            bar.update(
-                task, total=now.total, completed=now.done, description=again if now.again else "Judging …"
-            )
+    def tell(now: GradingProgress) -> None:
+        bar.start()
+        again = f"{now.again} races again, one at a time …"
+        bar.update(task, total=now.total, completed=now.done, description=again if now.again else "Judging …")
 
+    try:
         yield tell
+    finally:
+        if bar.live.is_started:  # one that was never shown would leave an empty line
+            bar.stop()
 
 
 def _print_grades(found: GradingOutcome) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmcourse import checking, engine, report
+from llmcourse import checking, engine, jail, report
 from llmcourse.submission import UnreadableNotebook
+from llmcourse.zygote import Zygote
 
 from .test_submission import ANSWER, EXERCISE, cell, lesson, write
 
@@ -228,9 +230,20 @@ def scale_rows(weight):
         open(path).close()
     return weight.abs().amax(dim=1)
 """
-    found = checking.check_notebook(write(lesson, [cell(looks, "scale_rows")]), seed=1).exercises[1]
+    path, zygote = write(lesson, [cell(looks, "scale_rows")]), Zygote(in_jail=False)
+    found = checking.check_notebook(path, seed=1, zygote=zygote).exercises[1]
     assert len(paths) == 1
     assert found.verdict == "wrong" and "closed to an answer that is judged" in found.reason
+
+
+@pytest.mark.parametrize("in_jail", [True, False])
+def test_a_notebook_verdict_says_how_answers_were_kept_apart(lesson: Path, in_jail: bool) -> None:
+    path = write(lesson, [cell(ANSWER, "scale_rows")])
+    if in_jail and jail.missing() is not None and not os.environ.get("LLMCOURSE_REQUIRE"):
+        pytest.skip(str(jail.missing()))
+    found = checking.check_notebook(path, seed=1, zygote=Zygote(in_jail=in_jail))
+    told = "in a jail (bubblewrap)" if in_jail else "without a jail: it was not asked for"
+    assert found.to_json()["judged"] == told and report.notebook_text(found).endswith(f", judged {told}")
 
 
 def test_a_notebook_verdict_has_the_promised_json(lesson: Path) -> None:

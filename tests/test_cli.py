@@ -16,7 +16,19 @@ import pytest
 from llmcourse import cli, workspace
 
 REPOSITORY = Path(__file__).parents[1]
-COMMANDS = ["doctor", "lab", "check", "hint", "reset", "interview", "progress", "audit", "train"]
+COMMANDS = [
+    "doctor",
+    "lab",
+    "check",
+    "hint",
+    "reset",
+    "interview",
+    "progress",
+    "audit",
+    "grade",
+    "kit",
+    "train",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -775,3 +787,39 @@ def test_doctor_as_json_prints_the_measurement_and_draws_nothing(
     assert run("doctor", "--json") == 0
     assert json.loads(capsys.readouterr().out)["devices"][0]["read_bytes_per_s"] == 20e9
     assert not (clone / "work").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- teaching a class
+
+
+def test_a_folder_without_submissions_is_one_line(
+    clone: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcourse import jail
+
+    monkeypatch.setattr(jail, "refusal", lambda: None)
+    (clone / "notebooks" / "01_parameter_loading" / "01_parameter_loading.ipynb").write_text(
+        '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+    )
+    assert run("grade", "01_parameter_loading") == 1
+    said = capsys.readouterr().err
+    assert "expected the folder of what students handed in" in said and said.count("\n") == 1
+
+
+def test_no_jail_is_one_line_that_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmcourse import jail
+
+    monkeypatch.setattr(jail, "refusal", lambda: "there is no bubblewrap here")
+    assert run("grade", "01_parameter_loading") == 1
+    said = capsys.readouterr().err
+    assert "there is no bubblewrap here" in said and "--insecure" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["read_header", "read_header=", "read_header=many", "=3x"])
+def test_points_that_are_none_are_a_wrong_command_line(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("kit", "01", "--points", given) == 2
+    assert "expected EXERCISE=POINTS" in capsys.readouterr().err
