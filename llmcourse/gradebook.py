@@ -375,9 +375,11 @@ def _make_or_check(path: Path, course_id: str, wait_s: float) -> None:
             _make(path, course_id)
         with contextlib.closing(sqlite3.connect(path, timeout=wait_s, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")
-            lacking = _lacking(connection)
+            lacking, is_empty = _lacking(connection), _is_empty(connection)
             connection.execute("CREATE TABLE llmcourse_may_write (x)")  # a lock alone is given to readers too
             connection.execute("ROLLBACK")
+            if is_empty:  # a file that something else made and did not fill
+                _say_version(connection)
     if lacking:
         raise GradebookError(
             f"{path}: expected the gradebook of this version of nbgrader, found one without {lacking}; "
@@ -389,11 +391,8 @@ def _make(path: Path, course_id: str) -> None:
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.unlink(missing_ok=True)
     try:
-        # With a version there, nbgrader does not ask a program called `alembic` for it: seconds, and often not on PATH.
-        version = ScriptDirectory(ALEMBIC_DIR).get_current_head()
-        with contextlib.closing(sqlite3.connect(new)) as connection, connection:
-            connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL)")
-            connection.execute("INSERT INTO alembic_version VALUES (?)", (version,))
+        with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
+            _say_version(connection)
         with Gradebook(f"sqlite:///{new}", course_id):
             pass
         with contextlib.suppress(FileExistsError):  # somebody else was quicker; theirs stays
@@ -402,9 +401,22 @@ def _make(path: Path, course_id: str) -> None:
         new.unlink(missing_ok=True)
 
 
+def _say_version(connection: sqlite3.Connection) -> None:
+    """Note nbgrader's version in a file without tables, or it asks a program called `alembic`: often not on PATH."""
+    version = ScriptDirectory(ALEMBIC_DIR).get_current_head()
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num VARCHAR(32) NOT NULL)")
+    connection.execute("INSERT INTO alembic_version VALUES (?)", (version,))
+    connection.execute("COMMIT")
+
+
+def _is_empty(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone() is None
+
+
 def _lacking(connection: sqlite3.Connection) -> str:
     """The first column of nbgrader's tables that a gradebook does not have; empty for one without tables."""
-    if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+    if _is_empty(connection):
         return ""
     for table in Base.metadata.sorted_tables:
         there = {row[1] for row in connection.execute(f'PRAGMA table_info("{table.name}")')}

@@ -466,3 +466,13 @@ def test_a_dump_has_names_for_ids_and_tells_gradebooks_apart(path: Path, book: B
     assert (f"{ASSIGNMENT}/{NOTEBOOK}/check_scale/GradeCell", 4.0, "code") in found["grade_cells"]
     write(book, graded(points=3))
     assert dump(path) != found
+
+
+def test_an_empty_file_becomes_a_gradebook_without_asking_another_program(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    path = tmp_path / "gradebook.db"
+    path.touch()
+    for _ in range(2):  # made, then opened
+        with Book(f"sqlite:///{path}", "") as book:
+            book.register(ASSIGNMENT, NOTEBOOK, teacher())
+    assert len(dump(path)["alembic_version"]) == 1 and dump(path)["notebook"]
