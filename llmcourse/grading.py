@@ -503,16 +503,20 @@ class Run:
     def _put(self, path: Path, text: str, graded: Graded) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         workspace.write(path, text.encode())
+        self.leave_for_exchange(path.parent, graded)
+
+    def leave_for_exchange(self, folder: Path, graded: Graded) -> None:
+        """Lay beside a notebook or a page what nbgrader's exchange returns it by: when and how it was handed in."""
         written = ""
         if graded.submitted_at:  # nbgrader tells by it whether a newer one was handed in
             moment = datetime.fromisoformat(graded.submitted_at).astimezone(UTC)
             written = moment.strftime("%Y-%m-%d %H:%M:%S.%f UTC")
-        workspace.write(path.with_name("timestamp.txt"), written.encode())
+        workspace.write(folder / "timestamp.txt", written.encode())
         # nbgrader's release_feedback stops for the whole class where one of the two is missing.
         secret = intake.exchange_secret(self.course.submitted, graded.student, self.assignment)
         parts = ("feedback", self.course.secret(), self.assignment, graded.student)
         made_up = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-        workspace.write(path.with_name(intake.SECRET), (secret or made_up).encode())
+        workspace.write(folder / intake.SECRET, (secret or made_up).encode())
 
     def _compare_with_classmates(self) -> None:
         """Flag answers that are the same program; of everybody's records, also those of earlier runs."""

@@ -47,6 +47,8 @@ class JudgeInJail(NbGraderPreprocessor):
             with grading.opened(course, about["assignment"], insecure=self.insecure) as run:
                 graded = run.one(about["student"])
                 rebuilt = rebuilding.rebuild(run.notebook, graded)
+                folder = course.output("autograded", graded.student, graded.assignment, "").parent
+                run.leave_for_exchange(folder, graded)
         except (GradingError, intake.IntakeError) as error:
             self.log.error("%s", error)
             raise

@@ -109,6 +109,9 @@ def test_scores_reports_and_what_waits_for_the_teacher_are_there(course: Path) -
             "linked": 0,
         }
         assert [student for student in STUDENTS if found[student].needs_manual_grade] == ["linked"]
+    places = [course / "grading" / "autograded" / student / ASSIGNMENT for student in STUDENTS]
+    assert all((place / "submission_secret.txt").exists() for place in places)  # or no feedback is released
+    assert all((place / "timestamp.txt").exists() for place in places)
     texts = contents(course)
     assert texts["right"].count("llmcourse-report") >= 2
     assert "hard link" in texts["linked"] and RIGHT["add"] not in texts["linked"]
