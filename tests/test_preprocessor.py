@@ -190,6 +190,14 @@ def test_other_settings_are_refused_and_never_full_marks(
         assert book.find_grade("check_add", ASSIGNMENT, ASSIGNMENT, "odd").auto_score is None
 
 
+def test_what_nbgrader_cannot_parse_has_no_score(course: Path) -> None:
+    """The difference to `llmcourse grade`, which gives 0 and says why."""
+    submit(course, "broken", b'{"cells": [')
+    assert not api_of(course).autograde(ASSIGNMENT, "broken")["success"]
+    with Gradebook(f"sqlite:///{course}/grading/gradebook.db", "llmcourse") as book:
+        assert book.find_grade("check_add", ASSIGNMENT, ASSIGNMENT, "broken").auto_score is None
+
+
 def test_two_graders_of_one_course_do_not_meet(course: Path) -> None:
     submit(course, "busy", handed_in(course, {}))
     with grading.opened(grading.Course(course), ASSIGNMENT):
