@@ -312,6 +312,7 @@ class Run:
             inconclusive = self._judge(pool, names)
             self._judge_again(pool, inconclusive)
             self._write_pages(0)
+        self._end_run(names)
         self._compare_with_classmates()
 
     def _remove_partial_files(self) -> None:
@@ -324,14 +325,31 @@ class Run:
 
     def _settle_run(self, names: Sequence[str], rerun: bool) -> None:
         """Number the run, and who is still to be judged in it: one that was killed goes on with what it began."""
-        path = self._state / "run.json"
-        settled: dict[str, Any] = (
-            json.loads(path.read_text()) if path.exists() else {"run": 0, "students": []}
-        )
+        self._settled: dict[str, Any] = {"run": 0, "students": [], "ended": False}
+        if self._run_path.exists():
+            self._settled = json.loads(self._run_path.read_text())
         if rerun:
-            settled = {"run": settled["run"] + 1, "students": list(names)}
-            workspace.write_json(path, settled)
-        self._run, self._in_run = settled["run"], set(settled["students"])
+            self._begin_run(names)
+        self._run = self._settled["run"]
+        self._in_run = set() if self._settled["ended"] else set(self._settled["students"])
+
+    @property
+    def _run_path(self) -> Path:
+        return self._state / ".run.json"  # no student's record: their names do not begin with a dot
+
+    def _begin_run(self, names: Sequence[str]) -> None:
+        self._settled = {"run": self._settled["run"] + 1, "students": list(names), "ended": False}
+        workspace.write_json(self._run_path, self._settled)
+
+    def _run_of_new(self, known: Graded | None) -> int:
+        """The run of something new, never one whose reports may be known: they tell what its inputs should give."""
+        if self._settled["ended"] or (known is not None and known.run >= self._settled["run"]):
+            self._begin_run(sorted(self._in_run))
+        return int(self._settled["run"])
+
+    def _end_run(self, names: Sequence[str]) -> None:
+        if not self._settled["ended"] and {*names, *self._in_run} <= {*self.outcome.records}:
+            workspace.write_json(self._run_path, {**self._settled, "ended": True})
 
     def _plan(self, run: int) -> Plan:
         from llmcourse.grader import Plan
@@ -371,10 +389,13 @@ class Run:
 
         taken = intake.take(self.course.submitted, student, self.assignment)
         known, final = self._record(student)
-        plan = self._plan(self._run if student in self._in_run else known.run if known else 0)
-        if known is not None and known.key == key_of(plan, taken):
-            return plan, taken, known, final
-        return plan, taken, None, False
+        if known is not None:
+            plan = self._plan(self._run if student in self._in_run else known.run)
+            if known.key == key_of(plan, taken):
+                return plan, taken, known, final
+        if student in self._in_run and known is not None and known.run < self._run:
+            return plan, taken, None, False
+        return self._plan(self._run_of_new(known)), taken, None, False
 
     def one(self, student: str) -> Graded:
         """One student's final record, judged in this process unless it is there; nothing else is written.
@@ -523,7 +544,7 @@ class Run:
         forms: dict[tuple[str, str], list[str]] = defaultdict(list)
         everybody = dict(self.outcome.records)
         for path in self._state.glob("*.json"):
-            record, _ = self._record(path.stem) if path.name != "run.json" else (None, False)
+            record, _ = self._record(path.stem) if path != self._run_path else (None, False)
             if record is not None:
                 everybody.setdefault(record.student, record)
         for student, record in sorted(everybody.items()):

@@ -361,6 +361,18 @@ def kernel_closes(folder: Path) -> bool:
     return os.waitpid(pid, 0)[1] == 0
 
 
+def test_a_notebook_of_cells_that_end_the_process_has_an_end(engine, add, monkeypatch):
+    monkeypatch.setattr(engine_module, "MAX_LEFT_OUT", 3)
+    engine.left_out.clear()
+    bad = [(f"cell {number}", "import os; os._exit(1)") for number in range(9)]
+    found = verdict(engine, add, *bad, GOOD)
+    assert len(engine.left_out) == 3 and found.points == 0
+    assert "3 cells of this notebook hung or ended their process" in found.reason
+    engine.left_out.clear()
+    assert verdict(engine, add, *bad[:2], GOOD).verdict == "right"
+    engine.left_out.clear()
+
+
 def test_two_bad_cells_are_left_out_one_after_the_other(engine, add):
     found = verdict(
         engine, add, ("cell 3", "import os; os._exit(1)"), ("cell 4", "import os; os._exit(2)"), GOOD

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from llmcourse import engine as engine_module
-from llmcourse import jail
-from llmcourse.engine import Engine
+from llmcourse import jail, source
+from llmcourse.engine import Answer, Engine, WorkerProcess
 from llmcourse.zygote import IN_JAIL, HarnessFault, Zygote
-from tests.answers import GOOD, LESSON, body, verdict, written
+from tests.answers import GOOD, LESSON, SEED, body, verdict, written
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -345,3 +345,35 @@ def test_what_is_covered_twice_is_bound_once(tmp_path):
     inner.mkdir()
     made = jail.command(["true"], [str(tmp_path), str(inner)])
     assert str(tmp_path) in made and str(inner) not in made
+
+
+def test_a_contender_of_a_race_starts_threads_and_no_process(engine, add):
+    text = body(
+        "import multiprocessing, subprocess, threading\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "made = []\n"
+        "for start in (os.fork, lambda: os.posix_spawn('/bin/true', ['true'], {}),\n"
+        "              multiprocessing.get_context('fork').Process(target=print).start):\n"
+        "    try:\n"
+        "        made.append(start())\n"
+        "    except OSError:\n"
+        "        pass\n"
+        "calls = [libc.fork, libc.vfork, lambda: libc.syscall(56, 17, 0, 0, 0, 0), lambda: libc.syscall(435, 0, 0)]\n"
+        "for call in calls:\n"
+        "    if call() >= 0:\n"
+        "        os._exit(7) if os.getppid() != 1 else made.append('a child')\n"
+        "assert not made, made\n"
+        "ran = []\n"
+        "thread = threading.Thread(target=ran.append, args=(1,))\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "assert ran == [1]"
+    )
+    hidden = [add.name, *add.mistakes, *add.alternatives]
+    worker = WorkerProcess(engine, add, Answer("add", (("cell", text),), own="cell"), SEED, alone=True)
+    try:
+        assert worker.load(source.case_source(add.source, [*add.items], hidden, add.path)).errors == ()
+        found = worker.run(add.items["vectors"], (1, 2), 8.0, 1 << 20, None, (False, None))
+    finally:
+        worker.close()
+    assert found.error is None

@@ -86,12 +86,13 @@ def test_a_right_answer_is_raced_in_workers_and_in_this_process(total, engine):
         ("def total(values):\n    return lambda x: 1 / 0", "ZeroDivisionError"),
         ("def total(values):\n    return 3", "'int' object is not callable"),
         ("import os\ndef total(values):\n    return lambda x: os._exit(0)", "exit status 0"),
+        (f"import os\nos._exit(3)\n{GOOD}", "while it was loaded again: exit status 3"),
         (
             "def total(values):\n    if len(values) > 5:\n        raise ValueError('large')",
             "ValueError: large",
         ),
     ],
-    ids=["wrong", "raises", "no run", "dies", "set-up raises"],
+    ids=["wrong", "raises", "no run", "dies", "dies when it is loaded again", "set-up raises"],
 )
 def test_an_answer_that_stumbles_fails_its_race(total, engine, text, reason):
     result = engine.race(total, answer(text), 1)

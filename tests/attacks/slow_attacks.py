@@ -373,7 +373,7 @@ def run(x):
     raced(
         37,
         "forged-lap",
-        f"""
+        """
 connection = None
 for name in os.listdir('/proc/self/fd'):
     try:
@@ -381,7 +381,7 @@ for name in os.listdir('/proc/self/fd'):
     except OSError:
         continue
 def run(x):
-    wire.send(connection, {{'done': True, 'error': None, 'seconds': 0.0, 'tried': [], 'changed': []}}, {{'observed': torch.zeros(len(kept))}})
+    wire.send(connection, {'done': True, 'error': None, 'seconds': 0.0, 'tried': [], 'changed': []}, {'observed': torch.zeros(len(kept))})
     return SLOW(kept, x)
 """,
     ),

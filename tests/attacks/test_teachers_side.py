@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -19,6 +20,7 @@ from nbgrader.api import Gradebook
 from llmcourse import grader, jail
 from llmcourse.engine import Engine
 from llmcourse.gradebook import Book, GradebookError, dump
+from llmcourse.graded import Graded
 from llmcourse.grading import Course, grade, table
 from llmcourse.racing import RaceResult
 from tests.attacks.attacks import ALIVE, FAST, unit
@@ -56,6 +58,44 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
         assert content is not None
         made.hand_in(attack.student, content)
     return made
+
+
+# ------------------------------------------------------------------------------------- reports that are known
+
+GUESS = """KNOWN = {known}
+
+
+def first_above(reader, count, bound):
+    for index in KNOWN:
+        if reader.read(index) > bound and reader.read(index - 1) <= bound:
+            return index
+    return 0
+"""
+
+
+def told(record: Graded) -> tuple[float, list[int]]:
+    """Points for first_above, and the numbers that its report tells of what was expected."""
+    found = next(one for one in record.exercises if one.name == "first_above")
+    return found.points, [int(number) for number in re.findall(r"expected (\d+)", found.text)]
+
+
+@pytest.mark.parametrize("next_one", ["ann", "cyd"], ids=["the same student", "a friend who comes later"])
+def test_numbers_of_a_report_earn_nothing_the_next_time(place, here, next_one):
+    known: list[int] = []
+    for student in ("ann", next_one, next_one):
+        place.hand_in(student, notebook("A", {"first_above": GUESS.format(known=known)}))
+        points, expected = told(grade(Course(place.course), "A", executor=here).records[student])
+        assert points == 0 and expected
+        known += expected
+    assert grade(Course(place.course), "A", executor=here).judged == 0
+
+
+def test_no_students_name_is_the_name_of_a_file_of_the_graders(place, here):
+    for student in ("run", "secret", "lock", "ann.json", "ann.done", "gradebook.db"):
+        place.hand_in(student, notebook("A"))
+    first = grade(Course(place.course), "A", executor=here)
+    assert first.failed == {} and first.judged == len(first.records) == 8 + len(ATTACKERS)
+    assert grade(Course(place.course), "A", executor=here).judged == 0
 
 
 # ---------------------------------------------------------------------------------------------------- a noisy machine
