@@ -147,7 +147,7 @@ def tried(*attempts: str) -> str:
 ENDS = [
     wrong(2, "exit", "os._exit(0)", said="exit status 0"),
     wrong(2, "segfault", "ctypes.string_at(0)", said="SIGSEGV"),
-    wrong(2, "kills-itself", "os.kill(os.getpid(), signal.SIGKILL)", said="ended its process"),
+    wrong(2, "kills-itself", "os.kill(os.getpid(), signal.SIGKILL)"),
     wrong(2, "kills-everybody", "os.kill(-1, signal.SIGKILL)\nos.kill(1, signal.SIGKILL)\nos.killpg(0, 9)"),
     wrong(2, "leaves", "sys.exit(0)", said="SystemExit"),
     # Its cell runs for every exercise; it is left out where it is not asked for.
@@ -417,7 +417,7 @@ LOOKED_FOR = [
     ),
     contained(
         10,
-        "memory-of-others",
+        "memory-of-others",  # where the answer is process 1 itself, there is nobody above it to be seen
         """
         mine = os.getpid()
         for pid in [int(n) for n in os.listdir('/proc') if n.isdigit()]:
@@ -426,11 +426,11 @@ LOOKED_FOR = [
             escaped(f'sees process {pid}')
         """
         + tried(
-            "open('/proc/1/mem', 'rb').read(1)",
-            "open('/proc/1/environ').read() or None",
-            "os.listdir('/proc/1/fd')",
-            "os.readlink('/proc/1/exe')",
-            "os.listdir('/proc/1/root/tmp')",
+            "open('/proc/1/mem', 'rb').read(1) or None if mine != 1 else None",
+            "open('/proc/1/environ').read() or None if mine != 1 else None",
+            "os.listdir('/proc/1/fd') or None if mine != 1 else None",
+            "os.readlink('/proc/1/exe') or None if mine != 1 else None",
+            "os.listdir('/proc/1/root/tmp') or None if mine != 1 else None",
             "open('/proc/kcore', 'rb').read(1)",
         ).replace("\n", "\n        "),
     ),
