@@ -281,7 +281,7 @@ class WorkerProcess:
         return "it was killed, or its connection closed"
 
     def _ended(self) -> tuple[int, str]:
-        """End the worker, once: (its wait status, why its keeper ended it or "")."""
+        """End the worker, once: (its wait status, what the zygote has to say of it)."""
         forked, self.forked = self.forked, None
         return self._engine.zygote.end(forked) if forked is not None else (0, "")
 

@@ -73,7 +73,10 @@ def mark(plan: Plan, taken: Taken) -> Graded:
         )
         return replace(record, exercises=nothing, refused=found, notes=taken.notes)
     read_s = time.perf_counter() - began
+    before_s = _engine(plan).zygote.cpu_seconds()
     verdicts, left_out = _judged(plan, found, exercises)
+    # Negative where the engine had to be started again meanwhile.
+    workers_s = max(0.0, _engine(plan).zygote.cpu_seconds() - before_s)
     judged_s = time.perf_counter() - began - read_s
     outcomes = [result.outcome for verdict in verdicts for result in verdict.results]
     cases_s = sum(outcome.seconds for outcome in outcomes)
@@ -88,6 +91,7 @@ def mark(plan: Plan, taken: Taken) -> Graded:
             "reading": read_s,
             "cases": cases_s,
             "cases on the CPU": cases_cpu_s,
+            "workers on the CPU": workers_s,
             "judging": judged_s - cases_s,
         },
     )

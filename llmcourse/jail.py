@@ -5,8 +5,9 @@ other process, and of the file system only Python's installation, this package a
 it read-only. The zygote forks each worker into an inner jail: a process namespace that dies with its first process,
 a network, IPC and mount namespace of its own, nothing writable but a memory file system of bounded size, the closed
 places covered, a user of its own without any capability, and a filter for system calls that would take memory where
-no limit sees it or reach deep into the kernel. The first process of that namespace, the keeper, belongs to the
-judge: it reaps orphans and watches what everything in the namespace holds together.
+no limit sees it or reach deep into the kernel. The worker is the first process of its namespace, so the kernel ends
+with it everything it started; signals that it sends itself do not end it. The zygote watches what all processes of a
+namespace hold together, and ends the worker where that is too much.
 
 What it does not protect from: faults of the kernel itself; kernel memory behind sockets and pipes, which only a
 control group would count; and readings of time and cache that betray what else the machine does.
@@ -19,7 +20,6 @@ import glob
 import os
 import platform
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -275,7 +275,7 @@ def step_down(uid: int, *, alone: bool = False) -> None:
     call(library.capset(header, nothing), "dropping capabilities")
     call(library.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0), "no new privileges")
     library.prctl(SET_DUMPABLE, 1, 0, 0, 0)  # the judge reads how much memory it takes
-    call(library.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "dying with the keeper")
+    call(library.prctl(SET_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "dying with the zygote")
     resource.setrlimit(resource.RLIMIT_NPROC, (MAX_PROCESSES, MAX_PROCESSES))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
     refuse_system_calls(alone=alone)
@@ -314,37 +314,48 @@ def refuse_system_calls(*, alone: bool = False) -> None:
     call(_library().prctl(SET_SECCOMP, SECCOMP_FILTER, described, 0, 0), "filtering system calls")
 
 
-def keep(worker: int, memory_bytes: int) -> tuple[int, str]:
-    """As the first process of a namespace: wait for the worker; (its wait status, why it was ended or "").
+class Watch:
+    """In the zygote: workers and the memory that each may hold together with everything it started."""
 
-    Reaps what is orphaned meanwhile, and ends the worker when everything in the namespace together holds more than
-    `memory_bytes`. When this process ends, the kernel ends all the others.
-    """
-    _library().prctl(SET_DUMPABLE, 0, 0, 0, 0)
-    ended, why = os.pidfd_open(worker), ""
-    while not select.select([ended], [], [], WATCH_S)[0]:
-        if held_bytes(memory_bytes) > memory_bytes:
-            why = "memory"
-            os.kill(worker, signal.SIGKILL)
-        while True:
-            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if child is None or child.si_pid in (0, worker):
-                break
-            os.waitpid(child.si_pid, 0)
-    return os.waitpid(worker, 0)[1], why
+    def __init__(self) -> None:
+        self._at_most: dict[int, int] = {}
+        self.ended: set[int] = set()
+
+    def begin(self, worker: int, memory_bytes: int) -> None:
+        self._at_most[worker] = memory_bytes
+
+    def end(self, worker: int) -> bool:
+        """Watch it no longer; whether it was ended for what it held."""
+        self._at_most.pop(worker, None)
+        was_ended = worker in self.ended
+        self.ended.discard(worker)
+        return was_ended
+
+    def look(self) -> None:
+        """End the workers that hold too much, by now."""
+        if not self._at_most:
+            return
+        processes = [name for name in os.listdir("/proc") if name.isdigit()]
+        # Pages that forks share are counted for each of them here, which is quick.
+        quick = sum(_number(f"/proc/{name}/statm", 1, b"") for name in processes) * resource.getpagesize()
+        if quick <= min(self._at_most.values()):
+            return
+        held: dict[str, int] = {}
+        for name in processes:
+            kilobytes = _number(f"/proc/{name}/smaps_rollup", 1, b"Pss:")
+            held[_namespace(name)] = held.get(_namespace(name), 0) + kilobytes * 1024
+        for worker, at_most in self._at_most.items():
+            if held.get(_namespace(worker), 0) > at_most:
+                self.ended.add(worker)
+                os.kill(worker, signal.SIGKILL)
 
 
-def held_bytes(at_most: int) -> int:
-    """Memory of every process that this one sees but itself.
-
-    Pages that forks share are counted for each of them at first, which is quick, and shared out among them where
-    that comes to more than `at_most`.
-    """
-    processes = [name for name in os.listdir("/proc") if name.isdigit() and name != "1"]
-    quick = sum(_number(f"/proc/{name}/statm", 1, b"") for name in processes) * resource.getpagesize()
-    if quick <= at_most:
-        return quick
-    return sum(_number(f"/proc/{name}/smaps_rollup", 1, b"Pss:") for name in processes) * 1024
+def _namespace(process: int | str) -> str:
+    """Which process namespace a process is in; "" for one that has ended."""
+    try:
+        return os.readlink(f"/proc/{process}/ns/pid")
+    except OSError:
+        return ""
 
 
 def _number(path: str, at: int, begins: bytes) -> int:
@@ -356,62 +367,35 @@ def _number(path: str, at: int, begins: bytes) -> int:
         return 0
 
 
-def fork_into(
-    work: Callable[[], object],
-    *,
-    closed: Sequence[str],
-    memory_bytes: int,
-    release: Sequence[int] = (),
-    alone: bool = False,
-) -> tuple[int, int]:
-    """Fork `work` into an inner jail, from within the outer one; its keeper's process id and a pipe that tells of it.
+def fork_into(work: Callable[[], object], *, closed: Sequence[str], alone: bool = False) -> tuple[int, int]:
+    """Fork `work` into an inner jail, from within the outer one; its process id and a pipe that says why it failed.
 
-    release: descriptors that the worker alone holds on to. alone: it starts no other process.
+    alone: it starts no other process.
     """
     library, uid = _library(), _fresh_uid()
     reading, writing = os.pipe()
     own = os.open("/proc/self/ns/pid", os.O_RDONLY)
     call(library.unshare(NEWPID), "a process namespace")
-    keeper = os.fork()
-    if keeper == 0:
-        _keeper(work, closed, uid, memory_bytes, [*release, own, reading], writing, alone)
+    worker = os.fork()
+    if worker == 0:
+        os.close(own)
+        os.close(reading)
+        _worker(work, closed, uid, writing, alone)
     call(library.setns(own, NEWPID), "this process's own namespace")
     os.close(own)
     os.close(writing)
-    return keeper, reading
+    return worker, reading
 
 
-def _keeper(
-    work: Callable[[], object],
-    closed: Sequence[str],
-    uid: int,
-    memory_bytes: int,
-    release: Sequence[int],
-    writing: int,
-    alone: bool,
+def _worker(
+    work: Callable[[], object], closed: Sequence[str], uid: int, writing: int, alone: bool
 ) -> NoReturn:
-    """The first process of a namespace, which forks the worker, waits for it and says into the pipe how it ended."""
-    status, why = 3 << 8, ""
     try:
         enclose(closed, uid)
-        worker = os.fork()
-        if worker == 0:
-            _worker(work, uid, writing, alone)
-        for descriptor in release:
-            os.close(descriptor)
-        status, why = keep(worker, memory_bytes)
-    except BaseException as error:  # noqa: BLE001 - this is a fork of another program, and must not run on in it
-        why = str(error)
-    os.write(writing, f"{status} {why}\n".encode())
-    os._exit(0)
-
-
-def _worker(work: Callable[[], object], uid: int, writing: int, alone: bool) -> NoReturn:
-    try:
         step_down(uid, alone=alone)
         os.close(writing)
-    except BaseException as error:  # noqa: BLE001 - as above
-        os.write(writing, f"{3 << 8} {error}\n".encode())
+    except BaseException as error:  # noqa: BLE001 - this is a fork of another program, and must not run on in it
+        os.write(writing, str(error).encode())
         os._exit(3)
     try:
         work()
@@ -420,13 +404,11 @@ def _worker(work: Callable[[], object], uid: int, writing: int, alone: bool) -> 
         os._exit(3)
 
 
-def ending(keeper: int, reading: int) -> tuple[int, str]:
-    """How a worker ended, once its keeper has: (its wait status, what the keeper or it said of that)."""
+def ending(worker: int, reading: int) -> tuple[int, str]:
+    """How a worker ended, once it has: (its wait status, why the jail could not be built or "")."""
+    status = os.waitpid(worker, 0)[1]
     with os.fdopen(reading, "rb") as pipe:
-        told = pipe.read().decode(errors="replace").splitlines()
-    os.waitpid(keeper, 0)
-    status, _, why = (told[0] if told else f"{int(signal.SIGKILL)} its keeper was killed").partition(" ")
-    return int(status), why
+        return status, pipe.read().decode(errors="replace")
 
 
 def _fresh_uid() -> int:
@@ -443,7 +425,7 @@ def prove() -> None:
     """In the outer jail, before anything is imported: end this process with one line where the inner one fails."""
     connection = socket.socket(fileno=int(sys.argv[1]))
     try:
-        status, why = ending(*fork_into(lambda: None, closed=[], memory_bytes=1 << 40))
+        status, why = ending(*fork_into(lambda: None, closed=[]))
         if status != 0:
             raise NoJail(0, why or f"the inner jail ended with status {status}")
     except OSError as error:

@@ -54,6 +54,7 @@ NEVER_RUN_BY_LESSONS = {
     "gradebook",
     "grader",
     "grading",
+    "grading_benchmarks",
     "intake",
     "interview",
     "interview_source",

@@ -21,6 +21,7 @@ import os
 import queue
 import random
 import resource
+import select
 import signal
 import socket
 import sys
@@ -525,9 +526,12 @@ def become_worker(
 def serve_zygote(control: socket.socket, in_jail: bool) -> None:
     """Fork a worker per request and report how workers ended, until the judge goes; then end them all."""
     children: dict[int, int | None] = {}
+    watch = jail.Watch()
     try:
-        while _served(control, children, in_jail):
-            pass
+        while _served(control, children, in_jail, watch):
+            # Without a jail no worker is watched for what it started; its own memory has a limit.
+            while in_jail and children and not select.select([control], [], [], jail.WATCH_S)[0]:
+                watch.look()
     finally:
         for pid in children:
             with contextlib.suppress(ProcessLookupError):
@@ -536,8 +540,10 @@ def serve_zygote(control: socket.socket, in_jail: bool) -> None:
             end_orphans(set())
 
 
-def _served(control: socket.socket, children: dict[int, int | None], in_jail: bool) -> bool:
-    """Serve one request; False when the judge has gone. children: workers, and in the jail the pipe of each keeper."""
+def _served(
+    control: socket.socket, children: dict[int, int | None], in_jail: bool, watch: jail.Watch
+) -> bool:
+    """Serve one request; False when the judge has gone. children: workers, and in the jail the pipe of each."""
     raw, descriptors, _, _ = socket.recv_fds(control, REQUEST_BYTES, 1)
     if not raw:
         return False
@@ -545,19 +551,25 @@ def _served(control: socket.socket, children: dict[int, int | None], in_jail: bo
     if "fork" in request:
         # What is frozen no collection looks at, so that workers do not copy the pages of everything torch made.
         gc.freeze()
-        pid, children_pipe = _forked(request, descriptors[0], control, in_jail)
-        children[pid] = children_pipe
+        pid, children[pid] = _forked(request, descriptors[0], control, in_jail)
+        watch.begin(pid, request["max_data_bytes"])
         os.close(descriptors[0])
         control.sendall(json.dumps({"pid": pid}).encode())
     elif "import" in request:
         importlib.import_module(request["import"])
         control.sendall(b"{}")
+    elif "cpu" in request:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        seconds = sum(one.ru_utime + one.ru_stime for one in used)
+        control.sendall(json.dumps({"seconds": seconds}).encode())
     else:
-        pipe = children.pop(request["wait"])
+        pid = request["wait"]
+        pipe = children.pop(pid)
         if pipe is not None:
-            status, why = jail.ending(request["wait"], pipe)
+            status, why = jail.ending(pid, pipe)
+            why = "memory" if watch.end(pid) else why
         else:
-            status, why = os.waitpid(request["wait"], 0)[1], ""
+            status, why = os.waitpid(pid, 0)[1], ""
             end_orphans(set(children))
         control.sendall(json.dumps({"status": status, "why": why}).encode())
     return True
@@ -566,18 +578,17 @@ def _served(control: socket.socket, children: dict[int, int | None], in_jail: bo
 def _forked(
     request: dict[str, Any], connection: int, control: socket.socket, in_jail: bool
 ) -> tuple[int, int | None]:
-    """Fork a worker; its process id, or that of its keeper with the keeper's pipe."""
-    closed, max_data_bytes = request["closed"], request["max_data_bytes"]
+    """Fork a worker; its process id, and in the jail the pipe that says why it failed."""
+    closed = request["closed"]
 
     def work() -> None:
         control.close()
-        become_worker(socket.socket(fileno=connection), request["fork"], max_data_bytes, closed, in_jail)
+        become_worker(
+            socket.socket(fileno=connection), request["fork"], request["max_data_bytes"], closed, in_jail
+        )
 
     if in_jail:
-        release = (connection, control.fileno())
-        return jail.fork_into(
-            work, closed=closed or (), memory_bytes=max_data_bytes, release=release, alone=request["alone"]
-        )
+        return jail.fork_into(work, closed=closed or (), alone=request["alone"])
     pid = os.fork()
     if pid == 0:
         # A worker that ends in any way must not run the zygote's own exit.

@@ -177,6 +177,10 @@ class Zygote:
         """Import a module that workers would otherwise import one by one."""
         self._ask({"import": module})
 
+    def cpu_seconds(self) -> float:
+        """What the zygote and every worker that has ended took of the processors until now."""
+        return float(self._ask({"cpu": True})["seconds"])
+
     def fork(
         self,
         ours: socket.socket,
@@ -206,7 +210,7 @@ class Zygote:
             raise HarnessFault(f"no worker came up in the jail: {why or error}") from error
 
     def end(self, forked: Forked) -> tuple[int, str]:
-        """Kill a worker and all it started, and wait for it: (its wait status, why its keeper ended it or "")."""
+        """Kill a worker and all it started, and wait for it: (its wait status, what the zygote has to say of it)."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(forked.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):

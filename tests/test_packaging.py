@@ -109,7 +109,7 @@ PLACED = (
     | EXPERIMENTS
     | PICTURES
     | GRADERS
-    | {"workspace", "lessons", "cli", "benchmarks"}
+    | {"workspace", "lessons", "cli", "benchmarks", "grading_benchmarks"}
 )
 
 
