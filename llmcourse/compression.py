@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmcourse import zoo
-from llmcourse.figures import GRADING_NOTE, inert
+from llmcourse.figures import inert, joined_table
 from llmcourse.model import Decoder
 from llmcourse.training import fixed_windows
 
@@ -771,4 +771,4 @@ def table_text(rows: Sequence[Row]) -> str:
             f"{row.method:{width}}  {row.bits:4}  {row.bits_per_weight:13.3f}  {row.size_bytes / 1e6:7.3f}  "
             f"{row.perplexity:10.3f}  {row.nats:11.4f}  ({row.nats_error:.4f})"
         )
-    return "\n".join([*lines, GRADING_NOTE] if inert() else lines)
+    return joined_table(lines)

@@ -77,6 +77,11 @@ def inert() -> bool:
     return bool(os.environ.get("NBGRADER_EXECUTION")) or os.environ.get("LLMCOURSE_GRADING") == "1"
 
 
+def joined_table(lines: Sequence[str]) -> str:
+    """A table's lines as one text; while a notebook is graded with the note that it was measured in short."""
+    return "\n".join([*lines, GRADING_NOTE] if inert() else lines)
+
+
 def _picture(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Figure | None]:
     """Draw in the course's style, or not at all while grading."""
 

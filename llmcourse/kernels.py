@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcourse.figures import GRADING_NOTE, inert
+from llmcourse.figures import inert, joined_table
 
 MIB = 2**20
 # What one contender's copies hold together. The others run between two of its products, so far more than this has
@@ -720,7 +720,7 @@ def table_text(rows: Sequence[Timing]) -> str:
             f"{row.name:{width}}  {row.median_s * 1e3:9.3f}  {row.speedup:7.2f}x  {interval:>12}  "
             f"{row.weight_bytes / 1e6:5.1f}  {row.bandwidth_share:9.2f}  {row.error:7.0e}"
         )
-    return "\n".join([*lines, GRADING_NOTE] if inert() else lines)
+    return joined_table(lines)
 
 
 @contextmanager

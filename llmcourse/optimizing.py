@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from llmcourse import machine, sizing, text, zoo
 from llmcourse.compression import reference
-from llmcourse.figures import GRADING_NOTE, inert
+from llmcourse.figures import inert, joined_table
 from llmcourse.model import Decoder
 from llmcourse.training import fixed_windows, mean_loss
 
@@ -428,7 +428,7 @@ def table_text(rows: Sequence[Row]) -> str:
         f"{1e3 * row.step_s:7.2f}  {1e3 * row.training_step_s:16.1f}"
         for row in rows
     ]
-    return "\n".join([head, *lines, GRADING_NOTE] if inert() else [head, *lines])
+    return joined_table([head, *lines])
 
 
 def memory_plans(config: Mapping[str, Any], *, lora_rank: int = 16) -> dict[str, dict[str, float]]:
