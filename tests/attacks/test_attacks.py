@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -92,7 +93,31 @@ def canary(place: Place) -> None:
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Class]:
-    place = build(tmp_path_factory.mktemp("attacked"), SECRET)
+    """The class, graded once, also where xdist hands these tests to several processes."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    root, noted = shared / "attacked", shared / "attacked.json"
+    with (shared / "attacked.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        place = Place(root, SECRET) if noted.exists() else attacked(root)
+        if not noted.exists():
+            noted.write_text(json.dumps(digests(root, OURS)))
+        patch.setenv("LLMCOURSE_LESSONS", str(place.lessons))
+        patch.setenv("LLMCOURSE_CANARY", SECRET)
+        patch.setenv("HOME", str(place.home))
+        began = time.monotonic()
+        outcome = grade(
+            Course(place.course), "A", workers=2
+        )  # of a class that was graded it reads the records
+        seconds = time.monotonic() - began
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        yield Class(place, outcome, json.loads(noted.read_text()), seconds)
+
+
+def attacked(root: Path) -> Place:
+    """The course before it is graded, everything handed in."""
+    place = build(root, SECRET)
     (place.root / "secret.txt").write_text(SECRET)
     (place.course / "source" / "another.ipynb").write_text(json.dumps(notebook("A")))
     canary(place)
@@ -102,14 +127,7 @@ def graded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Class]:
         made = attack.make(place, attack.student)
         if made is not None:
             place.hand_in(attack.student, made)
-    before = digests(place.root, OURS)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMCOURSE_LESSONS", str(place.lessons))
-        patch.setenv("LLMCOURSE_CANARY", SECRET)
-        patch.setenv("HOME", str(place.home))
-        began = time.monotonic()
-        outcome = grade(Course(place.course), "A", workers=2)
-        yield Class(place, outcome, before, time.monotonic() - began)
+    return place
 
 
 def told(graded: Class, attack: Attack) -> str:
