@@ -554,11 +554,11 @@ def grade(
     if importlib.util.find_spec("nbgrader") is None:
         raise UserError("expected nbgrader, found none; install it with: pip install 'llmcourse[grading]'")
     with interrupts.held():
-        from llmcourse import grading, intake
+        from llmcourse import grading, intake, pools
         from llmcourse.gradebook import GradebookError
     course = grading.Course(Path.cwd())
     try:
-        with grading.executor_of(dask) as executor, _grading_bar() as tell:
+        with pools.executor_of(dask) as executor, _grading_bar() as tell:
             found = grading.grade(
                 course,
                 assignment,
@@ -569,7 +569,7 @@ def grade(
                 executor=executor,
                 tell=tell,
             )
-    except (grading.GradingError, intake.IntakeError, GradebookError) as error:
+    except (grading.GradingError, pools.PoolError, intake.IntakeError, GradebookError) as error:
         raise UserError(str(error)) from error
     if table is not None:
         workspace.write(table, grading.table(found).encode())

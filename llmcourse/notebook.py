@@ -64,6 +64,7 @@ NEVER_RUN_BY_LESSONS = {
     "lesson_text",
     "likeness",
     "notebook",
+    "pools",
     "preprocessor",
     "rebuilding",
     "shaping",

@@ -89,6 +89,8 @@ def _places(names: tuple[str, ...], _modules: int) -> list[tuple[Any, str, Any]]
     of its library has for it, and in a class's own methods, since a class is also found among its base's subclasses.
     Where methods of a class are named as well, those alone are off.
     """
+    if not names:  # looking through thousands of modules would take 3 ms
+        return []
     # All of them are imported before any is replaced, or a module first imported here would keep another's refusal.
     owners = [_resolve(dotted.rpartition(".")[0]) for dotted in names]
     refusals: dict[int, tuple[Any, Any]] = {}

@@ -15,10 +15,11 @@ import pytest
 
 distributed = pytest.importorskip("distributed")
 
-from llmcourse import grader, grading, jail  # noqa: E402
+from llmcourse import grader, grading, jail, pools  # noqa: E402
 from llmcourse.gradebook import dump  # noqa: E402
 from llmcourse.graded import Graded  # noqa: E402
-from llmcourse.grading import Cluster, Course, GradingError, executor_of, grade  # noqa: E402
+from llmcourse.grading import Course, GradingError, grade  # noqa: E402
+from llmcourse.pools import Cluster, PoolError, executor_of  # noqa: E402
 from llmcourse.zygote import HarnessFault  # noqa: E402
 from tests.classes import ASSIGNMENT, RIGHT, STUB, WRONG, course  # noqa: E402
 
@@ -107,21 +108,21 @@ class Client:
 
 
 def test_an_address_where_nobody_answers_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading, "CONNECT_S", 0.3)
+    monkeypatch.setattr(pools, "CONNECT_S", 0.3)
     for address in ("tcp://127.0.0.1:1", "nonsense", "carrier-pigeon://a:1"):
         told = f"expected a dask scheduler at {address}, found none"
-        with pytest.raises(GradingError, match=told), executor_of(address):
+        with pytest.raises(PoolError, match=told), executor_of(address):
             raise AssertionError("unreachable")
 
 
 def test_a_scheduler_without_workers_is_told_and_not_waited_for() -> None:
-    with pytest.raises(GradingError, match="expected workers at tcp://10.0.0.1:8786, found none"):
+    with pytest.raises(PoolError, match="expected workers at tcp://10.0.0.1:8786, found none"):
         Cluster(Client(workers=0))
 
 
 def test_without_the_package_on_a_worker_nothing_is_judged(root: Path) -> None:
     client = Client(said=ModuleNotFoundError("No module named 'llmcourse'"))
-    with pytest.raises(GradingError, match="expected this package on the worker .*install the same version"):
+    with pytest.raises(PoolError, match="expected this package on the worker .*install the same version"):
         grade(Course(root), ASSIGNMENT, executor=Cluster(client))
 
 
@@ -161,6 +162,6 @@ def test_a_worker_with_several_threads_judges_one_at_a_time() -> None:
         inside.pop()
 
     with ThreadPoolExecutor(4) as threads:
-        for future in [threads.submit(grading._alone, work) for _ in range(8)]:
+        for future in [threads.submit(pools._alone, work) for _ in range(8)]:
             future.result()
     assert most == [1] * 8

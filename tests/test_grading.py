@@ -22,7 +22,8 @@ from nbgrader.api import Gradebook
 
 from llmcourse import grader, grading, jail
 from llmcourse.gradebook import dump
-from llmcourse.grading import Course, GradingError, Pool, grade, table
+from llmcourse.grading import Course, GradingError, grade, table
+from llmcourse.pools import ATTEMPTS, Pool
 from llmcourse.zygote import HarnessFault
 from tests.classes import ASSIGNMENT, RIGHT, STUB, WRONG, course, hand_in, notebook
 
@@ -255,9 +256,9 @@ class Breaks(Executor):
 
 
 def test_work_is_handed_out_again_when_a_process_ends_and_not_for_ever():
-    left = [grading.ATTEMPTS - 1]
+    left = [ATTEMPTS - 1]
     assert Pool(1, lambda: Breaks(left)).submit(max, 2, 3).result() == 3
-    left = [grading.ATTEMPTS]
+    left = [ATTEMPTS]
     with pytest.raises(BrokenProcessPool):
         Pool(1, lambda: Breaks(left)).submit(max, 2, 3).result()
 

@@ -214,7 +214,9 @@ def test_untouched_earns_nothing_and_solution_everything_by_stock_nbgrader(
 ) -> None:
     course = Course(tmp_path)
     copied(REPOSITORY.nbgrader_config, course.nbgrader_config)
-    with course.nbgrader_config.open("a", encoding="utf-8") as settings:  # which ask the jailed judge otherwise
+    with course.nbgrader_config.open(
+        "a", encoding="utf-8"
+    ) as settings:  # which ask the jailed judge otherwise
         settings.write('\ndel c.Autograde["autograde_preprocessors"]\n')
     copied(lesson.solution, course.solutions / lesson.name / lesson.solution.name)
     submitted = tmp_path / "grading" / "submitted"

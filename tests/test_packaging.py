@@ -95,7 +95,7 @@ JUDGES = {
 # From a class's folder to the gradebook; nobody but the command line and the benchmarks knows of them.
 GRADERS = {
     *("feedback", "graded", "gradebook", "grader", "grading", "intake", "likeness", "preprocessor"),
-    *("kit", "rebuilding", "shaping"),
+    *("kit", "pools", "rebuilding", "shaping"),
 }
 INTERVIEWS = {"interview", "interview_plan", "interview_record", "interview_words", "standing"}
 BUILDERS = {"notebook", "lesson_text", "interview_source", "leaks"} | INTERVIEWS
