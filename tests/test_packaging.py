@@ -452,7 +452,13 @@ def test_ci_needs_nothing_but_bash_to_begin_and_ends_in_make_test() -> None:
 
 
 def test_a_learners_and_a_teachers_records_are_ignored_by_git() -> None:
-    kept_out = ["work/progress.json", "grading/submitted/a/b.ipynb", "grading/gradebook.db", ".venv/x"]
+    kept_out = [
+        "work/progress.json",
+        "grading/submitted/a/b.ipynb",
+        "grading/gradebook.db",
+        "grading/.llmcourse/secret",
+        ".venv/x",
+    ]
     command = [needed("git"), "-C", str(REPOSITORY), "check-ignore", "--no-index", *kept_out]
     assert subprocess.run(command, capture_output=True, text=True).stdout.split() == kept_out
 
