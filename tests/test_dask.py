@@ -22,8 +22,9 @@ from llmcourse.grading import Course, GradingError, grade  # noqa: E402
 from llmcourse.pools import Cluster, PoolError, executor_of  # noqa: E402
 from llmcourse.zygote import HarnessFault  # noqa: E402
 from tests.classes import ASSIGNMENT, RIGHT, STUB, WRONG, course  # noqa: E402
+from tests.jailed import needs_jail  # noqa: E402
 
-pytestmark = pytest.mark.skipif(jail.missing() is not None, reason=f"no jail here: {jail.missing()}")
+pytestmark = needs_jail
 CLASS = {
     "ann": RIGHT,
     "bob": WRONG,

@@ -17,6 +17,7 @@ from llmcourse.graded import Graded, GradedExercise
 from llmcourse.grading import Course, grade
 from tests import classroom
 from tests.classroom import ASSIGNMENT, RIGHT, WRONG, handed_in, nbgrader, submit
+from tests.jailed import needs_jail
 
 GIVEN = {"anna": RIGHT, "ben": WRONG}
 
@@ -48,7 +49,7 @@ def fill_in(path: Path, answers: dict[str, str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(jail.missing() is not None, reason=f"no jail here: {jail.missing()}")
+@needs_jail
 def test_an_assignment_goes_out_comes_back_and_its_feedback_reaches_each_student(tmp_path: Path) -> None:
     exchange, root = tmp_path / "exchange", tmp_path / "course"
     exchange.mkdir(mode=0o777)

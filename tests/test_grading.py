@@ -26,10 +26,9 @@ from llmcourse.grading import Course, GradingError, grade, table
 from llmcourse.pools import ATTEMPTS, Pool
 from llmcourse.zygote import HarnessFault
 from tests.classes import ASSIGNMENT, RIGHT, STUB, WRONG, course, hand_in, notebook
+from tests.jailed import needs_jail
 
-pytestmark = pytest.mark.skipif(
-    jail.missing() is not None and not os.environ.get("LLMCOURSE_REQUIRE"), reason=str(jail.missing())
-)
+pytestmark = needs_jail
 CLASS = {"ann": RIGHT, "bob": WRONG, "cyd": STUB, "dan": RIGHT.replace("weight", "w")}
 
 

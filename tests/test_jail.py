@@ -16,12 +16,11 @@ from llmcourse import jail, source
 from llmcourse.engine import Answer, Engine, WorkerProcess
 from llmcourse.zygote import IN_JAIL, HarnessFault, Zygote
 from tests.answers import GOOD, LESSON, SEED, body, verdict, written
+from tests.jailed import needs_jail
 
 REPOSITORY = Path(__file__).parents[1]
 
-pytestmark = pytest.mark.skipif(
-    jail.missing() is not None and not os.environ.get("LLMCOURSE_REQUIRE"), reason=str(jail.missing())
-)
+pytestmark = needs_jail
 
 
 @pytest.fixture(scope="module")

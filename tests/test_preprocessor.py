@@ -19,9 +19,10 @@ from llmcourse import grader, grading, jail
 from llmcourse.gradebook import dump
 from tests import classroom
 from tests.classroom import ASSIGNMENT, HOSTILE, RIGHT, WRONG, handed_in, submit
+from tests.jailed import needs_jail
 
 pytestmark = [
-    pytest.mark.skipif(jail.missing() is not None, reason=f"no jail here: {jail.missing()}"),
+    needs_jail,
     pytest.mark.filterwarnings("ignore:Object of type"),  # SQLAlchemy's, of nbgrader's own code
 ]
 STUDENTS = ("hostile", "linked", "right", "unwritten", "wrong")

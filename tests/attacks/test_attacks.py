@@ -15,17 +15,15 @@ import nbformat
 import pytest
 from nbgrader.api import Gradebook, SubmittedAssignment
 
-from llmcourse import jail
 from llmcourse.gradebook import Book
 from llmcourse.grading import Course, Outcome, grade
 from tests.attacks.attacks import FAST, FULL, HOSTILE, Attack, by_number
 from tests.attacks.course import POINTS, WORTH, Place, build, notebook, teacher
+from tests.jailed import needs_jail
 
 pytestmark = [
     pytest.mark.attack,
-    pytest.mark.skipif(
-        jail.missing() is not None and not os.environ.get("LLMCOURSE_REQUIRE"), reason=str(jail.missing())
-    ),
+    needs_jail,
 ]
 SECRET = "CANARY-5e1f-what-no-student-may-read"
 HONEST = ("00-honest", "13-zz-honest", "99-honest")  # sorted, so before, between and after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -10,19 +9,17 @@ from multiprocessing import get_context
 
 import pytest
 
-from llmcourse import jail
 from llmcourse.grading import Course, grade
 from tests.attacks.attacks import Attack, by_number
 from tests.attacks.course import WORTH, build, notebook, shrunk
 from tests.attacks.slow_attacks import RACES, RESOURCES
 from tests.attacks.test_attacks import HONEST, OURS, SECRET, Class, digests, hostile_files, hostile_processes
+from tests.jailed import needs_jail
 
 pytestmark = [
     pytest.mark.attack,
     pytest.mark.slow,
-    pytest.mark.skipif(
-        jail.missing() is not None and not os.environ.get("LLMCOURSE_REQUIRE"), reason=str(jail.missing())
-    ),
+    needs_jail,
 ]
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from nbgrader.api import Gradebook
 
-from llmcourse import grader, jail
+from llmcourse import grader
 from llmcourse.engine import Engine
 from llmcourse.gradebook import Book, GradebookError, dump
 from llmcourse.graded import Graded
@@ -26,12 +26,11 @@ from llmcourse.racing import RaceResult
 from tests.attacks.attacks import ALIVE, FAST, unit
 from tests.attacks.course import Place, build, notebook
 from tests.attacks.test_attacks import hostile_processes
+from tests.jailed import needs_jail
 
 pytestmark = [
     pytest.mark.attack,
-    pytest.mark.skipif(
-        jail.missing() is not None and not os.environ.get("LLMCOURSE_REQUIRE"), reason=str(jail.missing())
-    ),
+    needs_jail,
 ]
 ATTACKERS = [
     one for one in FAST if one.student in ("02-segfault", "12-forged-observations", "22-half-a-file")
