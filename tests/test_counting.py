@@ -513,7 +513,7 @@ def test_a_case_says_its_bound_once_and_opens_no_window() -> None:
 @pytest.mark.parametrize("on_tmpfs", [False, True])
 def test_shared_memory_of_an_item_counts(monkeypatch: pytest.MonkeyPatch, on_tmpfs: bool) -> None:
     """On a tmpfs without the files that may be mapped, which are shared memory there."""
-    monkeypatch.setattr(counting, "on_tmpfs", lambda folder: on_tmpfs)
+    monkeypatch.setattr(counting, "on_tmpfs", lambda folder, pid=None: on_tmpfs)
     peak = counting.PeakOfItem(mapped_bytes=24 * MIB)
     peak.begin()
     with mmap.mmap(-1, 64 * MIB) as shared:
@@ -527,7 +527,7 @@ def test_shared_memory_of_an_item_counts(monkeypatch: pytest.MonkeyPatch, on_tmp
 
 @reads_memory
 def test_anonymous_memory_counts_alone_where_files_are_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "on_tmpfs", lambda folder: True)
+    monkeypatch.setattr(counting, "on_tmpfs", lambda folder, pid=None: True)
     peak = counting.PeakOfItem(mapped_bytes=1000 * MIB)
     peak.begin()
     held = bytearray(b"x") * (64 * MIB)

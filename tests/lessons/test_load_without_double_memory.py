@@ -16,6 +16,7 @@ from llmcourse.engine import Answer, Engine
 from llmcourse.lessons.parameter_loading.load_without_double_memory import (
     load_without_double_memory,
 )
+from llmcourse.zygote import Zygote
 from tests.peers import peer
 
 
@@ -151,7 +152,7 @@ def test_copies_in_shared_memory_count_where_files_lie_in_it(monkeypatch, seed):
     found = exercise.of(load_without_double_memory)
     reference = source.definition(found.source, found.name)
     verdicts = []
-    with Engine() as engine:
+    with Engine(zygote=Zygote(in_jail=False)) as engine:  # in the jail there is no shared memory
         expected = engine.expected(found, seed)
         for copies in (0, 2):
             text = COPIES_INTO_SHARED_MEMORY.format(copies=copies, reference=reference)

@@ -421,18 +421,21 @@ class FileUse:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self.folder: str | None = None  # where that process writes, if it is another
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._levels: list[tuple[int, ...]] = []  # (allocated, of files): lowest, then highest
         self._own_read_bytes = self._read_before = 0
-        self._files_are_shared = on_tmpfs(tempfile.gettempdir())
+        self._files_are_shared = False
 
     def start(self) -> None:
         if self._levels:
             raise RuntimeError("start() was called twice; an item has one window")
         if not can_read_memory() or self._rchar() is None:
             return
+        other = None if self.folder is None else self.pid
+        self._files_are_shared = on_tmpfs(self.folder or tempfile.gettempdir(), other)
         self._own_read_bytes, self._read_before = 0, self._rchar() or 0
         self._levels = [self._resident()] * 2
         self._thread = threading.Thread(target=self._sample, name="file use", daemon=True)
