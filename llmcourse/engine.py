@@ -347,7 +347,7 @@ def course_places(exercise: Exercise) -> list[str]:
     repository = LESSONS.parents[1]
     ours = [name for name in owners_of(exercise.forbid) if name.startswith("llmcourse.")]
     return [
-        *map(str, folders()),
+        *map(os.path.abspath, folders()),  # in the jail nothing is relative to the judge's folder
         *(str(repository / name) for name in ("solutions", ".git")),
         *files_of(ours),
     ]

@@ -101,6 +101,22 @@ def test_the_file_of_the_exercise_itself_is_covered(engine, add):
     )
 
 
+def test_exercises_that_a_relative_path_names_are_covered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    monkeypatch.setenv("LLMCOURSE_LESSONS", "mine")
+    exercise = written(tmp_path / "mine", "add", LESSON)
+    text = f"libc = ctypes.CDLL(None)\nassert libc.open({str(exercise.path).encode()!r}, 0) == -1"
+    with Engine(zygote=Zygote(in_jail=True)) as mine:
+        holds(mine, exercise, text)
+        # It is there, or there would be nothing to cover.
+        hidden = Answer(
+            "add", (("cell", body(f"open({str(exercise.path)!r}).close()")),), own="cell", trusted=True
+        )
+        assert "vectors" in mine.run(exercise, hidden, [*exercise.items.values()], SEED, None)
+        assert mine.run(exercise, hidden, [*exercise.items.values()], SEED, None)["vectors"].error is None
+
+
 def test_an_answer_writes_nowhere_but_in_its_own_folder(engine, add):
     holds(
         engine,
