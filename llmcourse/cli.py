@@ -485,6 +485,9 @@ def audit(
     seed: Annotated[
         int | None, typer.Option(min=0, help="The first seed, to repeat an audit; drawn unless given.")
     ] = None,
+    jailed: Annotated[
+        bool, typer.Option("--jail", help="In the jail, as a class is judged; slower.")
+    ] = False,
 ) -> None:
     """Prove the exercises: their wrong answers, lazy answers and mutants fail, their right answers pass.
 
@@ -507,6 +510,7 @@ def audit(
                 mutants=None if every else mutants,
                 seeds=seeds,
                 seed=seed,
+                jailed=jailed,
                 progress=lambda name: status.update(f"Auditing {name} …"),
             )
     except HarnessFault as error:
