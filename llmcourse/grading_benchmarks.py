@@ -121,7 +121,10 @@ def stock_s(root: Path, lesson: str) -> float:
     """Wall seconds of stock nbgrader's autograde and feedback of a class, on WORKERS processes side by side."""
     students = sorted((root / "submitted").iterdir())
     parts = [root / f"part{number}" for number in range(WORKERS)]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "LLMCOURSE_WORKSPACE": str(root / "work")}
+    # nbgrader starts `alembic` by its bare name.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(REPOSITORY)}
+    environment["LLMCOURSE_WORKSPACE"] = str(root / "work")
     nbgrader = [sys.executable, "-m", "nbgrader"]
     for number, part in enumerate(parts):
         source = part / "source" / lesson
@@ -194,7 +197,7 @@ def grading_rows(count: int) -> Iterator[Row]:
             f"{part} {seconds / count:.2f}" for part, seconds in sorted(told["seconds"].items())
         )
         sample = folder / "stock"
-        size = min(count, 12)
+        size = min(count, 6)
         make_class(sample, size, LESSON, 1, "submitted")
         stock = stock_s(sample, LESSON)
         ratio = (stock / size) / (taken / count)
