@@ -208,7 +208,7 @@ def audit(
 ) -> AuditReport:
     """Audit the exercises of the lessons.
 
-    jailed: in the jail, as a class is judged; all answers are our own, and without it the audit takes two thirds.
+    jailed: in the jail, as a class is judged; all answers are our own, and without it a worker starts sooner.
 
     `mutants`: how many of an exercise at most, None for all. It is the size of a seeded sample: as many of its mistakes
     are judged as well, on the first of the seeds alone; right and lazy answers always are all of them.
