@@ -116,7 +116,8 @@ def _tensor_difference(observed: Tensor, expected: Tensor, tol: float, where: st
         or device_of(observed) != device_of(expected)
     ):
         return f"{where}expected {describe(expected)}, found {describe(observed)}"
-    if expected.numel() == 0:
+    # Most right answers give what the reference does to the last bit, which is soon told.
+    if expected.numel() == 0 or torch.equal(observed, expected):
         return None
     if not (expected.is_floating_point() or expected.is_complex()):
         wrong = observed != expected

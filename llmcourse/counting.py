@@ -17,6 +17,7 @@ import ctypes
 import functools
 import gc
 import inspect
+import mmap
 import os
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -480,28 +482,120 @@ def anonymous_bytes(pid: int | None = None) -> int:
     first, or memory freed but not returned is counted. OSError where the system has no such number;
     ProcessLookupError where the process does not exist.
     """
-    return resident_bytes(pid)[0]
+    return _kinds_of_memory(_status_of(os.getpid() if pid is None else pid))[0]
 
 
-def resident_bytes(pid: int | None = None) -> tuple[int, int]:
-    """(anonymous, shared) memory of a process as `anonymous_bytes` reads it.
-
-    Shared is RssShmem: what it shares with other processes, and files that it maps from a tmpfs.
-    """
+def _status_of(pid: int) -> str:
     if sys.platform != "linux":
         raise OSError(f"anonymous memory is read from /proc, which {sys.platform} does not have; use Linux")
-    status = Path("/proc") / str(os.getpid() if pid is None else pid) / "status"
+    status = Path("/proc", str(pid), "status")
     try:
-        text = status.read_text()
+        return status.read_text()
     except FileNotFoundError as error:
         raise ProcessLookupError(f"{status} does not exist: no process {pid} runs here") from error
+
+
+def _kinds_of_memory(status: str) -> tuple[int, int]:
+    """(RssAnon, RssShmem) in bytes."""
     kinds = ("RssAnon:", "RssShmem:")
     found = {
-        line.split()[0]: int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(kinds)
+        line.split()[0]: int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(kinds)
     }
     if len(found) != len(kinds):
-        raise OSError(f"{status} has no line RssAnon (a kernel before 4.5, or a process that has ended)")
+        raise OSError("the status has no line RssAnon (a kernel before 4.5, or a process that has ended)")
     return found[kinds[0]], found[kinds[1]]
+
+
+class MappedFiles:
+    """The files at `path`, or beneath it, as far as a process has mapped them into memory; and what it allocated.
+
+    path: as that process sees it, without links; the folder it lies in exists. Read from /proc/PID/maps and
+    /proc/PID/pagemap, page by page: exact, and free of what the process maps besides, such as its libraries. A page
+    that the process wrote to in a private map is its own memory and no longer the file's. `read_bytes` is what this
+    object has read for its answers so far. The methods raise OSError where the system has no such numbers, or the
+    process has ended.
+    """
+
+    def __init__(self, path: str, pid: int | None = None) -> None:
+        self._pid = os.getpid() if pid is None else pid
+        self._path = path.rstrip("/")
+        # Of another process, whose mounts may be others.
+        seen_from, folder = Path("/proc", str(self._pid), "root"), Path(self._path).parent
+        self._in_memory = on_tmpfs(folder, pid)
+        self._devices = (
+            {_device(os.stat(seen_from / folder.relative_to("/")).st_dev), _device_of_shared_memory()}
+            if self._in_memory
+            else set()
+        )
+        self.read_bytes = 0
+
+    def resident_bytes(self) -> int:
+        """Bytes of these files that are in memory now; a page counts as often as it is mapped."""
+        return self._pages_bytes()[0]
+
+    def allocated_bytes(self, *, files_up_to: int | None = None) -> int:
+        """Anonymous and shared memory of the process now, without these files, which are shared memory on a tmpfs.
+
+        files_up_to: as much of them as is left out there; None for all of them.
+        """
+        status = _status_of(self._pid)
+        self.read_bytes += len(status)
+        anonymous, shared = _kinds_of_memory(status)
+        if not self._in_memory:
+            return anonymous + shared
+        # Not RssShmem without the files' pages: between two readings files come and go.
+        of_files, of_others = self._pages_bytes()
+        return anonymous + of_others + (0 if files_up_to is None else max(0, of_files - files_up_to))
+
+    def _pages_bytes(self) -> tuple[int, int]:
+        """Bytes in memory now of (these files, other shared memory of the devices watched)."""
+        text = Path("/proc", str(self._pid), "maps").read_bytes()
+        self.read_bytes += len(text)
+        ours, others = [], []
+        for line in text.decode(errors="replace").splitlines():
+            bounds, _, _, device, _, *names = line.split(None, 5)
+            name = names[0].removesuffix(" (deleted)") if names else ""
+            if name == self._path or name.startswith(self._path + "/"):
+                ours.append(bounds)
+            elif device in self._devices:
+                others.append(bounds)
+        return self._in_memory_bytes(ours), self._in_memory_bytes(others)
+
+    def _in_memory_bytes(self, ranges: list[str]) -> int:
+        if not ranges:
+            return 0
+        page_bytes, pages = os.sysconf("SC_PAGE_SIZE"), 0
+        with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as listed:
+            for bounds in ranges:
+                begin, end = (int(bound, 16) // page_bytes for bound in bounds.split("-"))
+                listed.seek(_PAGE_ENTRY_BYTES * begin)
+                entries = listed.read(_PAGE_ENTRY_BYTES * (end - begin))
+                self.read_bytes += len(entries)
+                flags = numpy.frombuffer(entries, "=u8") >> _PAGE_FLAGS_SHIFT
+                pages += int(numpy.count_nonzero(flags & _PAGE_OF_A_FILE == _PAGE_OF_A_FILE))
+        return page_bytes * pages
+
+
+# Documentation/admin-guide/mm/pagemap.rst of Linux: 64 bits a page, bit 63 "present", bit 61 "of a file or shared".
+_PAGE_ENTRY_BYTES, _PAGE_FLAGS_SHIFT, _PAGE_OF_A_FILE = 8, 61, 0b101
+
+
+def _device(number: int) -> str:
+    """As /proc/PID/maps writes it."""
+    return f"{os.major(number):02x}:{os.minor(number):02x}"
+
+
+@functools.cache
+def _device_of_shared_memory() -> str:
+    """The kernel's own tmpfs, where memory that is shared without a file lies: one for all processes."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as shared:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(shared))
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            bounds, _, _, device, *_ = line.split()
+            begin, end = (int(bound, 16) for bound in bounds.split("-"))
+            if begin <= address < end:
+                return device
+    raise OSError("/proc/self/maps does not list the memory that this process has mapped")
 
 
 def on_tmpfs(folder: str | Path, pid: int | None = None) -> bool:
@@ -557,8 +651,7 @@ class PeakMemory:
         self.folder: str | None = None  # where that process writes; None for this one's temporary folder
         self._peak_bytes: int | None = None
         self._at_most: int | None = None
-        self._lowest_bytes: tuple[int, ...] = ()
-        self._highest_bytes: tuple[int, ...] = ()
+        self._lowest_bytes = self._highest_bytes = 0
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._running = False
@@ -569,7 +662,7 @@ class PeakMemory:
         self._running = True
         if not can_read_memory():
             return
-        self._lowest_bytes = self._highest_bytes = self._levels_bytes()
+        self._lowest_bytes = self._highest_bytes = self._level_bytes()
         self._done.clear()
         self._thread = threading.Thread(target=self._sample, name="peak memory", daemon=True)
         self._thread.start()
@@ -582,8 +675,7 @@ class PeakMemory:
             raise ValueError(f"at_most is a number of bytes, an int of at least 0, not {at_most!r}")
         if not self._end_window():
             return
-        rises = (high - low for high, low in zip(self._highest_bytes, self._lowest_bytes, strict=True))
-        self._peak_bytes = max(self._peak_bytes or 0, self._taken_bytes(*rises))
+        self._peak_bytes = max(self._peak_bytes or 0, self._highest_bytes - self._lowest_bytes)
         if at_most is not None:
             self._at_most = at_most if self._at_most is None else min(at_most, self._at_most)
 
@@ -594,13 +686,9 @@ class PeakMemory:
         at_most = None if self._at_most is None else float(self._at_most)
         return {"peak anonymous bytes": (float(self._peak_bytes), at_most)}
 
-    def _levels_bytes(self) -> tuple[int, ...]:
+    def _level_bytes(self) -> int:
         """What is sampled, now."""
-        return (anonymous_bytes(self.pid),)
-
-    def _taken_bytes(self, *rises: int) -> int:
-        """The peak, of how far each level rose above its lowest."""
-        return rises[0]
+        return anonymous_bytes(self.pid)
 
     def _end_window(self) -> bool:
         """Stop sampling; whether there was anything to stop."""
@@ -616,11 +704,11 @@ class PeakMemory:
         while not finished:
             finished = self._done.wait(SAMPLE_INTERVAL_S)  # the last reading comes after stop was asked for
             try:
-                now = self._levels_bytes()
+                now = self._level_bytes()
             except OSError:  # the process ended in the window: what was seen until then stands
                 return
-            self._highest_bytes = tuple(map(max, self._highest_bytes, now))
-            self._lowest_bytes = tuple(map(min, self._lowest_bytes, now))
+            self._highest_bytes = max(self._highest_bytes, now)
+            self._lowest_bytes = min(self._lowest_bytes, now)
 
 
 class PeakOfItem(PeakMemory):
@@ -628,15 +716,16 @@ class PeakOfItem(PeakMemory):
 
     Both are the judge's doing, so the measured process can neither open it late nor close it early; memory that
     it gives back inside the window (ballast taken before) counts as taken, and so does shared memory. Files that
-    are mapped from a tmpfs are shared memory too: there `mapped_bytes`, the size of the files that an answer may
-    map, is taken off again, and anonymous memory counts alone as well. What the case itself prepares is inside: it
-    must stay below the bound.
+    are mapped from a tmpfs are shared memory too: there what is in memory of the files where the process writes is
+    left out, up to `mapped_bytes`, the size of those that an answer may map. What the case itself prepares is inside:
+    it must stay below the bound.
     """
 
     calls: ClassVar[tuple[str, ...]] = ("bound",)
 
     def __init__(self, pid: int | None = None, *, mapped_bytes: int = 0) -> None:
         super().__init__(pid)
+        self._files: MappedFiles | None = None
         self._bounds: list[int] = []
         self._mapped_bytes = mapped_bytes
 
@@ -644,9 +733,9 @@ class PeakOfItem(PeakMemory):
         """Open the window: the judge's call, before the item is begun."""
         if self.pid == os.getpid():
             settle()
-        watched = None if self.folder is None else self.pid
-        if not on_tmpfs(self.folder or tempfile.gettempdir(), watched):
-            self._mapped_bytes = 0
+        if can_read_memory():
+            folder = os.path.realpath(self.folder or tempfile.gettempdir())
+            self._files = MappedFiles(folder, None if self.folder is None else self.pid)
         self.start()
 
     def bound(self, at_most: int) -> None:
@@ -660,10 +749,6 @@ class PeakOfItem(PeakMemory):
             self.stop(self._bounds[0])
         return super().counts()
 
-    def _levels_bytes(self) -> tuple[int, ...]:
-        anonymous, shared = resident_bytes(self.pid)
-        return anonymous, anonymous + shared
-
-    def _taken_bytes(self, *rises: int) -> int:
-        anonymous, together = rises
-        return max(anonymous, together - self._mapped_bytes)
+    def _level_bytes(self) -> int:
+        assert self._files is not None, "begin() comes first"
+        return self._files.allocated_bytes(files_up_to=self._mapped_bytes)

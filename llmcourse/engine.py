@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import marshal
 import os
 import shutil
 import signal
@@ -45,7 +46,7 @@ from llmcourse.judging import (
 from llmcourse.racing import RaceResult
 from llmcourse.services import Link
 from llmcourse.track import Lane, Stumbled, cpu_clock, fallen, run_race
-from llmcourse.wall import ENGINE_FOLDER
+from llmcourse.wall import CASES, ENGINE_FOLDER
 from llmcourse.zygote import Forked, HarnessFault, Zygote
 
 LOAD_LIMIT_S, REFERENCE_LIMIT_S = 10.0, 60.0
@@ -105,7 +106,13 @@ class WorkerProcess:
         self._connection, theirs = socket.socketpair()
         closed = None if answer.trusted else [*course_places(exercise), *engine.closed]
         self.forked: Forked | None = engine.zygote.fork(
-            self._connection, theirs, self.folder, max_data_bytes=MAX_DATA_BYTES, closed=closed, alone=alone
+            self._connection,
+            theirs,
+            self.folder,
+            max_data_bytes=MAX_DATA_BYTES,
+            closed=closed,
+            forbid=exercise.forbid,
+            alone=alone,
         )
         self.pid, self.lives_in = self.forked.pid, self.forked.folder
         theirs.close()
@@ -133,6 +140,7 @@ class WorkerProcess:
                     # Not the seed itself: every input of a class could be computed from it.
                     "seed": derive_seed(self._seed, "load"),
                 },
+                {"cases": compiled(cases)},
                 deadline=deadline,
             )
             while True:
@@ -295,6 +303,12 @@ class WorkerProcess:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
+@functools.lru_cache(maxsize=256)
+def compiled(cases: str) -> bytes:
+    """Our own source as a worker runs it: compiled once for all workers, which are of this same Python."""
+    return marshal.dumps(compile(cases, CASES, "exec", dont_inherit=True))
+
+
 def listed(value: object) -> list[Any]:
     """The value if it is a list of moderate length; ProtocolError otherwise."""
     if type(value) is not list or len(value) > MAX_TEXTS:
@@ -381,6 +395,7 @@ class Engine:
         self.closed = tuple(closed)
         self.left_out: dict[str, str] = {}
         self._expected: dict[tuple[str, int], dict[str, Outcome]] = {}
+        self._sizes_bytes: dict[tuple[str, str, int], int] = {}
         self._ours: dict[tuple[str, int, str], dict[str, Outcome]] = {}
         self.zygote = Zygote() if zygote is None else zygote
         for module in preload:
@@ -410,6 +425,13 @@ class Engine:
         if key not in self._expected:
             self._expected[key] = expectations(self, exercise, seed)
         return self._expected[key]
+
+    def size_bytes(self, exercise: Exercise, item: Item, seed: int, expected: Outcome) -> int:
+        """What the reference observed of an item takes on the wire, computed once a seed."""
+        key = (exercise.name, item.name, seed)
+        if key not in self._sizes_bytes:
+            self._sizes_bytes[key] = wire.size_bytes(expected.observed)
+        return self._sizes_bytes[key]
 
     def run(
         self,
@@ -520,7 +542,8 @@ class Run:
         max_bytes = MAX_TRUSTED_BYTES
         if not self._answer.trusted and expected is not None:
             max_bytes = SLACK_BYTES + SLACK_FACTOR * (
-                wire.size_bytes(expected.observed) + self._service_bytes(item)
+                self._engine.size_bytes(self._exercise, item, self._seed, expected)
+                + self._service_bytes(item)
             )
         seeds = (
             item_seed(self._exercise, item, self._seed),
@@ -528,11 +551,10 @@ class Run:
         )
         if self._exercise.ranks > 1:
             return self._ranks(item, seeds, limit, max_bytes)
-        service = service_for(
-            self._exercise, item, self._seed, self._workers[0].pid, self._workers[0].lives_in
-        )
-        outcome = self._workers[0].run(item, seeds, limit, max_bytes, service, saved)
-        return self._explained(seen_by(service, outcome))
+        worker, before_s = self._workers[0], time.process_time()
+        service = service_for(self._exercise, item, self._seed, worker.pid, worker.lives_in)
+        outcome = seen_by(service, worker.run(item, seeds, limit, max_bytes, service, saved))
+        return self._explained(replace(outcome, served_cpu_seconds=time.process_time() - before_s))
 
     def _service_bytes(self, item: Item) -> int:
         """Room for what a case may send to its service in one call."""

@@ -81,7 +81,6 @@ def mark(plan: Plan, taken: Taken) -> Graded:
     outcomes = [result.outcome for verdict in verdicts for result in verdict.results]
     # A worker may say what it likes of its own time; the judge's clock bounds it.
     cases_s = min(sum(outcome.seconds for outcome in outcomes), judged_s)
-    cases_cpu_s = sum(outcome.cpu_seconds for outcome in outcomes)
     return replace(
         record,
         exercises=tuple(_graded(verdict, found) for verdict in verdicts),
@@ -91,7 +90,8 @@ def mark(plan: Plan, taken: Taken) -> Graded:
         seconds={
             "reading": read_s,
             "cases": cases_s,
-            "cases on the CPU": cases_cpu_s,
+            "cases on the CPU": sum(outcome.cpu_seconds for outcome in outcomes),
+            "serving cases on the CPU": sum(outcome.served_cpu_seconds for outcome in outcomes),
             "workers on the CPU": workers_s,
             "judging": judged_s - cases_s,
         },

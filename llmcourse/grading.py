@@ -456,11 +456,14 @@ class Run:
         from llmcourse.grader import key_of
         from llmcourse.zygote import HarnessFault
 
-        try:
-            graded = future.result()
-        except (HarnessFault, BrokenExecutor) as fault:
-            self.outcome.failed[taken.student] = " ".join(str(fault).split())
+        fault = future.exception()
+        if fault is not None:
+            told = " ".join(str(fault).split())
+            if not isinstance(fault, HarnessFault | BrokenExecutor):
+                told = f"a fault of llmcourse, please report it: {type(fault).__name__}: {told}"
+            self.outcome.failed[taken.student] = told
             return None
+        graded = future.result()
         if graded.key == key_of(plan, taken):
             return graded
         self.outcome.failed[taken.student] = (

@@ -40,7 +40,7 @@ FIRST_UID, UIDS = 1_700_000_000, 1 << 16  # where the judge is root: a user a wo
 NOBODY = 65534
 _uids_used = 0
 
-NEWNS, NEWCGROUP, NEWUTS, NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
+NEWNS, NEWUTS, NEWIPC = 0x00020000, 0x04000000, 0x08000000
 NEWUSER, NEWPID, NEWNET = 0x10000000, 0x20000000, 0x40000000
 RDONLY, NOSUID, NODEV, NOEXEC, BIND, PRIVATE, RECURSIVE = 1, 2, 4, 8, 4096, 1 << 18, 16384
 SET_DUMPABLE, SET_DEATH_SIGNAL, SET_SECCOMP, DROP_BOUND, NO_NEW_PRIVILEGES = 4, 1, 22, 24, 38
@@ -288,12 +288,8 @@ def refuse_system_calls(*, alone: bool = False) -> None:
     a filter, so it is said not to exist, and the C library takes the older one.
     """
     architecture, numbers = REFUSED[platform.machine()]
-    load, equal, at_least, give = (
-        0x20,
-        0x15,
-        0x35,
-        0x06,
-    )  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    load, give = 0x20, 0x06  # BPF_LD|W|ABS, BPF_RET|K
+    equal, at_least = 0x15, 0x35  # BPF_JMP|JEQ|K, BPF_JMP|JGE|K
     allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000  # SECCOMP_RET_ALLOW, _ERRNO|EPERM, _KILL_PROCESS
     test_bits, no_such_call = 0x45, 0x00050026  # BPF_JMP|JSET|K, SECCOMP_RET_ERRNO|ENOSYS
     clone, clone3, older = NEW_PROCESS[platform.machine()]

@@ -34,6 +34,7 @@ class Outcome:
 
     error kinds: raised, not written, missing (no such name), died, timed out, protocol, interrupted, not run.
     seconds: as the answer's process says. cpu_seconds: of that process, read from outside; 0 where nobody read them.
+    served_cpu_seconds: of the judge's process meanwhile, which serves what the case calls and receives what it gives.
     """
 
     observed: Data = None
@@ -43,6 +44,7 @@ class Outcome:
     changed: tuple[str, ...] = ()
     counts: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     cpu_seconds: float = 0.0
+    served_cpu_seconds: float = 0.0
 
     @property
     def kind(self) -> str:

@@ -3,7 +3,7 @@
 Two walls, against whoever has read the repository: `refusing` gives a Python audit hook (PEP 578), which says
 clearly what is closed; `close_files` asks the kernel (Landlock, Linux 5.13) not to open those files for this
 process and its children, whatever they call, nor to let them look into the judge's memory. Where there is no
-Landlock the first stands alone, and native code passes it. A jail around the worker is a matter of its own.
+Landlock the first stands alone, and native code passes it. In the jail (`llmcourse.jail`) there is nothing to open.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PROGRAM_EVENTS = frozenset(
     {"os.exec", "os.posix_spawn", "os.spawn", "os.system", "pty.spawn", "subprocess.Popen"}
 )
 COURSE_FILES = (".py", ".pyc", ".ipynb", ".md")
+CASES = "<cases>"  # what the source of the cases is called in a worker
 ENGINE_FOLDER = "llmcourse-engine-"  # how the folders begin in which workers of one engine have theirs
 
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # system calls, the same on every architecture

@@ -17,6 +17,7 @@ import importlib.abc
 import inspect
 import json
 import linecache
+import marshal
 import os
 import queue
 import random
@@ -78,9 +79,20 @@ def switched_off(names: Sequence[str]) -> Iterator[None]:
 
 def switch_off(names: Sequence[str]) -> None:
     """Replace library answers for good: no frame and no object holds the originals for this."""
-    places = _places.__wrapped__(tuple(names), 0)
+    places = _prepared.pop(tuple(names), None) or _places.__wrapped__(tuple(names), 0)
     while places:
         setattr(*places.pop())
+
+
+# Of a zygote: where what is forbidden stands, looked up once and not in every worker.
+_prepared: dict[tuple[str, ...], list[tuple[Any, str, Any]]] = {}
+
+
+def prepare(names: Sequence[str]) -> None:
+    """Look up what workers that are forked from now on will switch off, unless a library would be imported for it."""
+    if tuple(names) not in _prepared and all(_is_imported(name.rpartition(".")[0]) for name in names):
+        with contextlib.suppress(AttributeError):  # the worker says so of an unknown name
+            _prepared[tuple(names)] = _places.__wrapped__(tuple(names), 0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -135,6 +147,15 @@ def _resolve(dotted: str) -> Any:
         # Not by attribute alone: torch.optim deletes the names of its modules.
         found = getattr(found, part, None) or importlib.import_module(".".join(parts[:index]))
     return found
+
+
+def _is_imported(dotted: str) -> bool:
+    """Whether `_resolve` would import nothing."""
+    parts = dotted.split(".")
+    found: Any = sys.modules.get(parts[0])
+    for index, part in enumerate(parts[1:], 2):
+        found = getattr(found, part, None) or sys.modules.get(".".join(parts[:index]))
+    return found is not None
 
 
 def _refuser(dotted: str, original: Any) -> Any:
@@ -387,7 +408,7 @@ class Worker:
         while True:
             message, data = self.channel.inbox.get()
             if message["do"] == "load":
-                self.load(message)
+                self.load(message, data["cases"])
             elif message["do"] == "item":
                 self.item(message, data)
             elif message["do"] == "line up":
@@ -395,7 +416,7 @@ class Worker:
             else:
                 self.lap(data)
 
-    def load(self, message: dict[str, Any]) -> None:
+    def load(self, message: dict[str, Any], cases: bytes) -> None:
         if not message["trusted"]:
             sys.meta_path.insert(0, NoLessons())
         try:
@@ -415,7 +436,7 @@ class Worker:
             if error is not None:
                 errors.append(error)
         self.defined = [name for name in vars(self.answer) if not name.startswith("__")]
-        case_error = self.run("<cases>", message["cases"], self.cases)
+        case_error = self.run(wall.CASES, message["cases"], self.cases, marshal.loads(cases))
         for name in message["uses"]:
             setattr(self.cases, name, getattr(self.answer, name, None))
         names = [name for name in self.defined if self._own(name)]
@@ -425,10 +446,12 @@ class Worker:
         value = getattr(self.answer, name)
         return callable(value) and getattr(value, "__module__", None) == ANSWER_MODULE
 
-    def run(self, label: str, text: str, module: types.ModuleType) -> dict[str, Any] | None:
+    def run(
+        self, label: str, text: str, module: types.ModuleType, code: types.CodeType | None = None
+    ) -> dict[str, Any] | None:
         linecache.cache[label] = (len(text), None, text.splitlines(keepends=True), label)
         try:
-            exec(compile(text, label, "exec", dont_inherit=True), vars(module))
+            exec(code or compile(text, label, "exec", dont_inherit=True), vars(module))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever an answer raises is its outcome
             described = describe_error(error, [label])
             # Text that cannot even be compiled has no line of its own in the traceback.
@@ -551,6 +574,7 @@ def _served(
         return False
     request = json.loads(raw)
     if "fork" in request:
+        prepare(request["forbid"])
         # What is frozen no collection looks at, so that workers do not copy the pages of everything torch made.
         gc.freeze()
         pid, children[pid] = _forked(request, descriptors[0], control, in_jail)
@@ -559,6 +583,7 @@ def _served(
         control.sendall(json.dumps({"pid": pid}).encode())
     elif "import" in request:
         importlib.import_module(request["import"])
+        _prepared.clear()  # it may have another name for what is forbidden
         control.sendall(b"{}")
     elif "cpu" in request:
         used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]

@@ -32,6 +32,7 @@ START_IN_JAIL = f"from llmcourse.jail import prove; prove(); {START}"
 IN_JAIL = "in a jail (bubblewrap)"
 # What the import cells of lessons ask for, imported once in the zygote and not in each worker. No lesson, no answer.
 MODULES = (
+    "safetensors.numpy",
     "safetensors.torch",
     "llmcourse.checking",
     "llmcourse.counting",
@@ -189,14 +190,22 @@ class Zygote:
         *,
         max_data_bytes: int,
         closed: Sequence[str] | None = None,
+        forbid: Sequence[str] = (),
         alone: bool = False,
     ) -> Forked:
         """A new worker that serves the connection `theirs` and lives in `folder`, in the jail in one of its own.
 
         closed: files and folders that it may not read; None for one of our own. max_data_bytes: of each of its
-        processes, and in the jail of all of them together. alone: in the jail it starts no other process.
+        processes, and in the jail of all of them together. forbid: what it will switch off. alone: in the
+        jail it starts no other process.
         """
-        request = {"fork": folder, "max_data_bytes": max_data_bytes, "closed": closed, "alone": alone}
+        request = {
+            "fork": folder,
+            "max_data_bytes": max_data_bytes,
+            "closed": closed,
+            "forbid": list(forbid),
+            "alone": alone,
+        }
         if not self.in_jail:
             pid = int(self._ask(request, [theirs.fileno()])["pid"])
             return Forked(pid, pid, folder)

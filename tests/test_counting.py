@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import mmap
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -391,7 +393,7 @@ def child() -> Iterator[Child]:
 
 def _wait_until_sampled(peak: PeakMemory, size_bytes: int) -> None:
     deadline = time.monotonic() + 30
-    while peak._highest_bytes[0] - peak._lowest_bytes[0] < size_bytes and time.monotonic() < deadline:
+    while peak._highest_bytes - peak._lowest_bytes < size_bytes and time.monotonic() < deadline:
         threading.Event().wait(0.001)
 
 
@@ -406,7 +408,7 @@ def test_peak_memory_of_another_process_is_seen_after_it_was_freed(child: Child)
     child.hold(64 * MIB)
     _wait_until_sampled(peak, 64 * MIB - margin_bytes)
     child.free()
-    assert counting.anonymous_bytes(child.pid) - peak._lowest_bytes[0] <= margin_bytes
+    assert counting.anonymous_bytes(child.pid) - peak._lowest_bytes <= margin_bytes
     peak.stop(80 * MIB)
     ((measured, at_most),) = peak.counts().values()
     assert measured == pytest.approx(64 * MIB, abs=margin_bytes)
@@ -509,11 +511,68 @@ def test_a_case_says_its_bound_once_and_opens_no_window() -> None:
     peak.counts()
 
 
+in_memory = pytest.mark.skipif(not counting.on_tmpfs("/dev/shm"), reason="needs a folder in memory")
+
+
+@pytest.fixture
+def in_shm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A temporary folder whose files are shared memory; it is the place where files are written."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+def touched(path: Path) -> mmap.mmap:
+    """A private map of the file, every page of which is in memory."""
+    with path.open("rb") as file:
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    assert not any(found[:: mmap.PAGESIZE])
+    return found
+
+
 @reads_memory
-@pytest.mark.parametrize("on_tmpfs", [False, True])
-def test_shared_memory_of_an_item_counts(monkeypatch: pytest.MonkeyPatch, on_tmpfs: bool) -> None:
-    """On a tmpfs without the files that may be mapped, which are shared memory there."""
-    monkeypatch.setattr(counting, "on_tmpfs", lambda folder, pid=None: on_tmpfs)
+def test_pages_of_files_are_counted_one_by_one(tmp_path: Path) -> None:
+    files, beside = counting.MappedFiles(f"{tmp_path}/kept/"), counting.MappedFiles(f"{tmp_path}/kep")
+    (tmp_path / "kept").mkdir()
+    for name in ("kept/large", "elsewhere"):
+        (tmp_path / name).write_bytes(bytes(MIB))
+    assert files.resident_bytes() == 0
+    with touched(tmp_path / "kept" / "large") as held:
+        with touched(tmp_path / "elsewhere"):
+            assert files.resident_bytes() == MIB
+        (tmp_path / "kept" / "large").unlink()
+        held[: 2 * mmap.PAGESIZE] = b"x" * 2 * mmap.PAGESIZE  # these two are the process's own now
+        assert files.resident_bytes() == MIB - 2 * mmap.PAGESIZE
+        assert beside.resident_bytes() == 0
+    assert files.resident_bytes() == 0
+
+
+@reads_memory
+def test_pages_that_were_not_touched_are_not_in_memory(tmp_path: Path) -> None:
+    with (tmp_path / "hole").open("w+b") as file:
+        file.truncate(64 * MIB)
+        with mmap.mmap(file.fileno(), 0) as held:
+            held[0] = 1
+            resident_bytes = counting.MappedFiles(str(tmp_path / "hole")).resident_bytes()
+    assert mmap.PAGESIZE <= resident_bytes <= MIB  # the system maps some neighbours along
+
+
+@reads_memory
+def test_what_was_read_to_count_pages_is_known(tmp_path: Path) -> None:
+    def through_read_calls() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    (tmp_path / "large").write_bytes(bytes(MIB))
+    with touched(tmp_path / "large"):
+        files = counting.MappedFiles(str(tmp_path))
+        before = through_read_calls()
+        files.resident_bytes(), files.allocated_bytes()
+        taken = through_read_calls() - before
+    assert 0 <= taken - files.read_bytes <= 4096  # io itself was read once in between
+
+
+@reads_memory
+def test_shared_memory_of_an_item_counts() -> None:
     peak = counting.PeakOfItem(mapped_bytes=24 * MIB)
     peak.begin()
     with mmap.mmap(-1, 64 * MIB) as shared:
@@ -521,19 +580,28 @@ def test_shared_memory_of_an_item_counts(monkeypatch: pytest.MonkeyPatch, on_tmp
             shared.write(b"x" * MIB)
         peak.bound(MIB)
         ((measured, _),) = peak.counts().values()
-    expected = (40 if on_tmpfs else 64) * MIB
-    assert measured is not None and measured >= expected - 2 * counting.memory_error_bytes()
+    assert measured is not None and measured >= 64 * MIB - 2 * counting.memory_error_bytes()
 
 
 @reads_memory
-def test_anonymous_memory_counts_alone_where_files_are_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counting, "on_tmpfs", lambda folder, pid=None: True)
-    peak = counting.PeakOfItem(mapped_bytes=1000 * MIB)
+@in_memory
+@pytest.mark.parametrize(("mapped_mib", "shared_mib"), [(24, 0), (24, 16), (0, 16), (48, 0)])
+def test_files_in_memory_are_left_out_as_far_as_they_may_be_mapped(
+    in_shm: Path, mapped_mib: int, shared_mib: int
+) -> None:
+    (in_shm / "file").write_bytes(bytes(mapped_mib * MIB))
+    peak = counting.PeakOfItem(mapped_bytes=24 * MIB)
     peak.begin()
-    held = bytearray(b"x") * (64 * MIB)
-    peak.bound(MIB)
-    ((measured, _),) = peak.counts().values()
-    assert measured is not None and measured >= len(held) - 2 * counting.memory_error_bytes()
+    with contextlib.ExitStack() as stack:
+        if mapped_mib:
+            stack.enter_context(touched(in_shm / "file"))
+        if shared_mib:
+            shared = stack.enter_context(mmap.mmap(-1, shared_mib * MIB))
+            shared[:: mmap.PAGESIZE] = b"x" * (shared_mib * MIB // mmap.PAGESIZE)
+        peak.bound(MIB)
+        ((measured, _),) = peak.counts().values()
+    expected = (shared_mib + max(0, mapped_mib - 24)) * MIB
+    assert measured == pytest.approx(expected, abs=2 * counting.memory_error_bytes() + MIB)
 
 
 def test_the_longest_mount_point_tells_where_files_lie(

@@ -218,17 +218,25 @@ def test_two_graders_of_one_course_do_not_write_at_once(root, here):
             grade(Course(root), ASSIGNMENT, executor=here)
 
 
-def test_a_judge_that_fails_is_told_and_stops_nobody_else(root, here, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (HarnessFault("the reference is ill"), "the reference is ill"),
+        (IndexError("list"), "a fault of llmcourse, please report it: IndexError: list"),
+    ],
+    ids=["foreseen", "not"],
+)
+def test_a_judge_that_fails_is_told_and_stops_nobody_else(root, here, monkeypatch, fault, told):
     mark = grader.mark
 
     def failing(plan, taken):
         if taken.student == "bob":
-            raise HarnessFault("the reference is ill")
+            raise fault
         return mark(plan, taken)
 
     monkeypatch.setattr(grader, "mark", failing)
     found = grade(Course(root), ASSIGNMENT, executor=here)
-    assert found.failed == {"bob": "the reference is ill"}
+    assert found.failed == {"bob": told}
     assert scores(root) == {"ann": 4.0, "cyd": 0.0, "dan": 4.0}
     monkeypatch.undo()
     monkeypatch.setenv("LLMCOURSE_LESSONS", str(root.parent / "lessons"))

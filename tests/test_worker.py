@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
 import threading
 
@@ -473,3 +474,38 @@ def test_of_several_calls_the_one_that_raised_is_told():
 
 def test_an_object_is_told_by_its_type_and_not_by_its_address():
     assert (summary(threading.Lock()), summary(object()), summary(Rng(1))) == ("a lock", "a object", "a Rng")
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_what_a_zygote_looked_up_is_switched_off_like_what_a_worker_looks_up(prepared: bool) -> None:
+    # In a process of its own: it is for good.
+    code = f"""
+import json, torch
+from llmcourse import worker
+names = ("json.loads", "torch.nn.Linear")
+kept = json.loads
+if {prepared}:
+    worker.prepare(names)
+    assert names in worker._prepared
+    assert all(kept is not one for place in worker._prepared[names] for one in place)
+worker.switch_off(names)
+assert names not in worker._prepared
+for call in (lambda: json.loads("1"), lambda: torch.nn.Linear(1, 1), lambda: torch.nn.modules.linear.Linear(1, 1)):
+    try:
+        call()
+    except worker.Forbidden:
+        continue
+    raise SystemExit("not switched off")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_nothing_is_imported_to_look_up_what_is_forbidden() -> None:
+    code = """
+import sys
+from llmcourse import worker
+worker.prepare(("xmlrpc.client.dumps",))
+worker.prepare(("json.no_such_name",))
+assert not worker._prepared and "xmlrpc.client" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -21,7 +21,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from llmcourse.counting import can_read_memory, memory_error_bytes, on_tmpfs, settle
+from llmcourse.counting import (
+    SAMPLE_INTERVAL_S,
+    MappedFiles,
+    can_read_memory,
+    memory_error_bytes,
+    settle,
+)
 from llmcourse.exercise import Rng, alternative, case, cost, exercise, mistake, raised
 
 
@@ -410,11 +416,12 @@ READ_BOUND_BYTES = 1 << 20
 
 
 class FileUse:
-    """What a process reads, maps and allocates from `start()` until its item ends, seen from outside, in bytes.
+    """What a process reads, maps of one file and allocates from `start()` until its item ends, seen from outside.
 
-    Read calls are the growth of rchar in /proc/PID/io; pages of files in memory are RssFile, allocated ones RssAnon,
-    sampled about every millisecond. RssShmem holds files where they lie on a tmpfs, allocated memory elsewhere.
-    Nothing is counted where the system has no such files.
+    In bytes. Read calls are the growth of rchar in /proc/PID/io; the file's pages in memory are counted one by one,
+    for RssFile grows by a library's as well, and also falls when the system is short of memory. Allocated is RssAnon
+    with RssShmem, without the file where it lies on a tmpfs. Sampled about every millisecond. Nothing is counted where
+    the system has no such numbers.
     """
 
     calls: ClassVar[tuple[str, ...]] = ("start", "look")
@@ -424,68 +431,64 @@ class FileUse:
         self.folder: str | None = None  # where that process writes, if it is another
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._started = False
         self._lock = threading.Lock()
-        self._levels: list[tuple[int, ...]] = []  # (allocated, of files): lowest, then highest
+        self._file: MappedFiles | None = None
+        self._lowest_bytes = self._highest_bytes = self._file_bytes = 0
         self._own_read_bytes = self._read_before = 0
-        self._files_are_shared = False
 
-    def start(self) -> None:
-        if self._levels:
+    def start(self, path: str) -> None:
+        """Watch from now on; path: of the file as the process sees it, without links. It need not exist yet."""
+        if self._started:
             raise RuntimeError("start() was called twice; an item has one window")
+        self._started = True
         if not can_read_memory() or self._rchar() is None:
             return
-        other = None if self.folder is None else self.pid
-        self._files_are_shared = on_tmpfs(self.folder or tempfile.gettempdir(), other)
-        self._own_read_bytes, self._read_before = 0, self._rchar() or 0
-        self._levels = [self._resident()] * 2
+        self._file = MappedFiles(path, None if self.folder is None else self.pid)
+        self._own_read_bytes = 0
+        self._read_before = self._rchar() or 0
+        self._lowest_bytes = self._highest_bytes = self._file.allocated_bytes()
         self._thread = threading.Thread(target=self._sample, name="file use", daemon=True)
         self._thread.start()
 
-    def _text(self, name: str) -> str:
-        text = Path("/proc", str(self.pid), name).read_text()
-        # In a notebook the process reads its own counters, and that is counted as well.
-        self._own_read_bytes += len(text) if self.pid == os.getpid() else 0
-        return text
-
     def _rchar(self) -> int | None:
         try:
-            return int(self._text("io").split()[1])
+            text = Path("/proc", str(self.pid), "io").read_text()
         except OSError:  # no such file in this kernel, or not for this user
             return None
-
-    def _resident(self) -> tuple[int, int]:
-        fields = dict(line.split(":", 1) for line in self._text("status").splitlines())
-        anonymous, files, shared = (
-            int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile", "RssShmem")
-        )
-        return (anonymous, files + shared) if self._files_are_shared else (anonymous + shared, files)
+        self._own_read_bytes += len(text)
+        return int(text.split()[1])
 
     def look(self) -> None:
         """Read the levels now."""
-        if self._levels:
+        if self._thread is not None:
             with self._lock:
-                now = self._resident()
-                self._levels = [tuple(map(min, self._levels[0], now)), tuple(map(max, self._levels[1], now))]
+                assert self._file is not None
+                self._file_bytes = max(self._file_bytes, self._file.resident_bytes())
+                allocated = self._file.allocated_bytes()
+                self._lowest_bytes = min(self._lowest_bytes, allocated)
+                self._highest_bytes = max(self._highest_bytes, allocated)
 
     def _sample(self) -> None:
-        while not self._done.wait(0.001):
+        while not self._done.wait(SAMPLE_INTERVAL_S):
             try:
                 self.look()
-            except (OSError, KeyError):  # the process has ended
+            except OSError:  # the process has ended
                 return
 
     def end(self) -> tuple[int, int, int] | None:
-        """(bytes through read calls, peak allocated, peak of files mapped in); None where not counted."""
-        if self._thread is None:
+        """(bytes through read calls, peak allocated, peak of the file mapped in); None where not counted."""
+        if self._thread is None or self._file is None:
             return None
         self._done.set()
         self._thread.join()
         after = self._rchar()
         if after is None:
             return None
-        (low_anonymous, low_files), (high_anonymous, high_files) = self._levels
-        read = max(0, after - self._read_before - self._own_read_bytes)
-        return read, high_anonymous - low_anonymous, high_files - low_files
+        # In a notebook the process reads its own counters, and that is counted as well.
+        own = self._own_read_bytes + self._file.read_bytes if self.pid == os.getpid() else 0
+        read = max(0, after - self._read_before - own)
+        return read, self._highest_bytes - self._lowest_bytes, self._file_bytes
 
     def counts(self) -> dict[str, tuple[float | None, float | None]]:
         return self.named(self.end())
@@ -543,9 +546,9 @@ def sums_from_the_middle(answer, rng, watch):
         write(small, rng, [Entry("wanted", "I64", [64, 256])])
         seen(answer(small, "wanted"), sums)
         settle()
-        # Before the large file exists, so that nothing can have read it earlier: it is written in small parts.
-        watch.start()
         with new_path() as path:
+            # Before the file exists, so that nothing can have read it earlier: it is written in small parts.
+            watch.start(os.path.realpath(path))
             start = len(head(entries, metadata=metadata)) + before
             with open(path, "wb") as file:
                 file.write(head(entries, metadata=metadata))
@@ -678,6 +681,25 @@ def map_sliced(path, name):
     def raw(self, file, start, end):
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return torch.frombuffer(bytearray(mapped[start:end]), dtype=torch.uint8)
+
+    return variant(raw=raw)(path, name)
+
+
+@mistake(
+    map_tensor,
+    "Maps a large tensor a part at a time and copies the parts into a map of no file, which is memory like any other.",
+    fails=["nothing_copied"],
+)
+def copied_into_a_map_of_nothing(path, name):
+    def raw(self, file, start, end):
+        if end - start < 4 << 20:
+            return Mapping.raw(self, file, start, end)
+        copy = mmap.mmap(-1, end - start)
+        for begin in range(start - start % mmap.ALLOCATIONGRANULARITY, end, 1 << 20):
+            size = min(1 << 20, end - begin)
+            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=begin) as part:
+                copy.write(part[max(0, start - begin) :])
+        return torch.frombuffer(copy, dtype=torch.uint8)
 
     return variant(raw=raw)(path, name)
 
