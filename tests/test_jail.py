@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from llmcourse import auditing, jail, source
 from llmcourse import engine as engine_module
-from llmcourse import jail, source
 from llmcourse.engine import Answer, Engine, WorkerProcess
 from llmcourse.zygote import IN_JAIL, HarnessFault, Zygote
 from tests.answers import GOOD, LESSON, SEED, body, verdict, written
@@ -383,3 +383,10 @@ def test_a_contender_of_a_race_starts_threads_and_no_process(engine, add):
     finally:
         worker.close()
     assert found.error is None
+
+
+@pytest.mark.slow
+def test_memory_is_told_apart_where_files_lie_in_memory(seed: int) -> None:
+    """Every wrong answer of the exercises that allow for mapped files."""
+    report = auditing.audit(["map_tensor", "load_without_double_memory"], seed=seed, jailed=True)
+    assert report.complete, report
