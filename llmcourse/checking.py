@@ -18,10 +18,10 @@ from types import CodeType
 from typing import Any
 
 from llmcourse import interrupts, report, source, submission, workspace
-from llmcourse.engine import Engine
+from llmcourse.engine import Answer, Company, Engine
 from llmcourse.exercise import Exercise, find
 from llmcourse.finding import exercise_paths
-from llmcourse.judging import Outcome, Verdict, expectations, holds_answers, judge, runner_for
+from llmcourse.judging import Outcome, Verdict, compared, expectations, holds_answers, judge, runner_for
 from llmcourse.zygote import Zygote
 
 MAX_STDERR_CHARS = 400
@@ -218,7 +218,7 @@ def _is_extension(verdict: Verdict) -> bool:
 def check_notebook(
     notebook: Path | submission.Submission, *, seed: int | None = None, zygote: Zygote | None = None
 ) -> NotebookVerdict:
-    """Judge every exercise of a notebook, or of one that was read already, each in a worker of its own.
+    """Judge every exercise of a notebook, or of one that was read already, each alone unless it is right in company.
 
     zygote: one that was started before this module was imported; it is ended here. Raises
     UnreadableNotebook for a file that cannot be judged, HarnessFault when the judge itself fails.
@@ -265,13 +265,38 @@ def judge_all(
 ) -> dict[str, Verdict]:
     """The verdict on each exercise of a notebook by name, in their order; HarnessFault when the judge itself fails."""
     verdicts: dict[str, Verdict] = {}
-    for exercise in exercises:
-        ours, notes = _ours_for(exercise, verdicts)
-        # A cell that hangs takes its whole limit: once is enough.
-        answer = found.answer(exercise.name, ours, without=engine.left_out)
-        verdict = judge(engine, exercise, answer, seed, expected(exercise))
-        verdicts[exercise.name] = _with_notes(verdict, notes)
+    with contextlib.closing(Company(exercises)) as company:
+        for exercise in exercises:
+            company.begin(exercise)
+            ours, notes = _ours_for(exercise, verdicts)
+            # A cell that hangs takes its whole limit: once is enough.
+            answer = found.answer(exercise.name, ours, without=engine.left_out)
+            verdict = _judged(engine, exercise, answer, seed, expected(exercise), company)
+            verdicts[exercise.name] = _with_notes(verdict, notes)
     return verdicts
+
+
+def _judged(
+    engine: Engine,
+    exercise: Exercise,
+    answer: Answer,
+    seed: int,
+    expected: Mapping[str, Outcome],
+    company: Company,
+) -> Verdict:
+    """In one worker for a notebook's exercises as long as they are right; what is not is judged alone.
+
+    An answer may change the process that it runs in. What is right in spite of that is right; for what is not,
+    another exercise of the notebook may be to blame.
+    """
+    outcomes = engine.run(exercise, answer, list(exercise.items.values()), seed, expected, company=company)
+    results = compared(exercise, outcomes, expected)
+    settled = all(result.agrees or result.outcome.kind == "not written" for result in results)
+    if company.was_there and not settled:
+        return judge(engine, exercise, answer, seed, expected)
+    if exercise.race is not None:
+        company.close()  # nothing else may run on the machine meanwhile
+    return judge(engine, exercise, answer, seed, expected, results=results)
 
 
 def left_out(engine: Engine) -> list[str]:

@@ -20,6 +20,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -100,6 +101,7 @@ class WorkerProcess:
         self._sending = threading.Lock()
         self._calls = threading.Semaphore(MAX_CALLS)
         self._items = 0
+        self._loaded: Loaded | None = None
         # A call may wait for another, as `receive` for `send`: as many threads as calls may be under way.
         self._servers = ThreadPoolExecutor(max_workers=MAX_CALLS)
         self.folder = tempfile.mkdtemp(prefix="llmcourse-", dir=engine.folder)
@@ -118,7 +120,19 @@ class WorkerProcess:
         theirs.close()
 
     def load(self, cases: str) -> Loaded:
-        """Send the sources and wait until they ran."""
+        """Run the answer's source, once, and load the cases of the exercise; wait until both are done."""
+        if self._loaded is None:
+            loaded = self._load_parts()
+            if loaded.stopped is not None:
+                return loaded
+            self._loaded = loaded
+        return self._load_cases(cases, self._loaded)
+
+    def turn_to(self, exercise: Exercise, answer: Answer) -> None:
+        """Judge another exercise of the same source from now on, which forbids the same; its cases are to be loaded."""
+        self._exercise, self._answer = exercise, answer
+
+    def _load_parts(self) -> Loaded:
         last = -1
         deadline = time.monotonic() + (REFERENCE_LIMIT_S if self._answer.trusted else LOAD_LIMIT_S)
         try:
@@ -127,10 +141,8 @@ class WorkerProcess:
                 {
                     "do": "load",
                     "parts": self._answer.parts,
-                    "cases": cases,
                     "trusted": self._answer.trusted,
                     "forbid": self._exercise.forbid,
-                    "uses": self._exercise.uses,
                     # Importing the library again would bring back what is switched off.
                     "closed": [
                         *course_places(self._exercise),
@@ -140,7 +152,6 @@ class WorkerProcess:
                     # Not the seed itself: every input of a class could be computed from it.
                     "seed": derive_seed(self._seed, "load"),
                 },
-                {"cases": compiled(cases)},
                 deadline=deadline,
             )
             while True:
@@ -156,13 +167,37 @@ class WorkerProcess:
         except (wire.Ended, wire.ProtocolError) as error:
             return Loaded(stopped=last, why=self._ending(error))
         if message.get("case_error") is not None:
-            why = f"the cases cannot be loaded: {message['case_error']}"
-            return Loaded(stopped=len(self._answer.parts), why=why)
+            return self._stopped_after_all(f"the cases cannot be loaded: {message['case_error']}")
         try:
             errors = tuple(one for one in map(clean_error, listed(message.get("errors"))) if one is not None)
             return Loaded(names=texts(message.get("names")), errors=errors)
         except wire.ProtocolError as error:
-            return Loaded(stopped=len(self._answer.parts), why=self._ending(error))
+            return self._stopped_after_all(self._ending(error))
+
+    def _load_cases(self, cases: str, loaded: Loaded) -> Loaded:
+        message = {
+            "do": "cases",
+            "cases": cases,
+            "uses": self._exercise.uses,
+            "seed": derive_seed(self._seed, "load"),
+        }
+        deadline = time.monotonic() + (REFERENCE_LIMIT_S if self._answer.trusted else LOAD_LIMIT_S)
+        try:
+            wire.send(self._connection, message, {"code": compiled(cases)}, deadline=deadline)
+            reply, _ = wire.receive(self._connection, max_bytes=1 << 20, deadline=deadline)
+        except TimeoutError:
+            return self._stopped_after_all(f"it ran for more than {LOAD_LIMIT_S:.0f} s")
+        except (wire.Ended, wire.ProtocolError) as error:
+            return self._stopped_after_all(self._ending(error))
+        if reply.get("loaded") is not True:
+            return self._stopped_after_all("neither progress nor the end of loading")
+        if reply.get("case_error") is not None:
+            return self._stopped_after_all(f"the cases cannot be loaded: {reply['case_error']}")
+        return loaded
+
+    def _stopped_after_all(self, why: str) -> Loaded:
+        """Behind the last part, of which none is to blame."""
+        return Loaded(stopped=len(self._answer.parts), why=why)
 
     def run(
         self, item: Item, seeds: tuple[int, int], limit: float, max_bytes: int, service: Any, saved: Any
@@ -380,6 +415,41 @@ def files_of(modules: Sequence[str]) -> Iterator[str]:
                 yield from (spec.origin, importlib.util.cache_from_source(spec.origin))
 
 
+class Company:
+    """Workers of one notebook that may judge its next exercise as well, which spares loading the notebook again.
+
+    Only for what gives the same alone: an exercise that is not right in company has to be judged once more.
+    """
+
+    def __init__(self, exercises: Sequence[Exercise]) -> None:
+        self._to_come = Counter(exercise.forbid for exercise in exercises)
+        self._waiting: dict[tuple[Any, ...], WorkerProcess] = {}
+        self.was_there = False
+
+    def take(self, key: tuple[Any, ...]) -> WorkerProcess | None:
+        """A worker that has judged another exercise of this key; `was_there` says whether there was one."""
+        found = self._waiting.pop(key, None)
+        self.was_there = found is not None
+        return found
+
+    def leave(self, key: tuple[Any, ...], exercise: Exercise, worker: WorkerProcess) -> None:
+        """The worker waits for an exercise to come, or is ended if there is none."""
+        if self._to_come[exercise.forbid] > 0:
+            self._waiting[key] = worker
+        else:
+            worker.close()
+
+    def begin(self, exercise: Exercise) -> None:
+        """It is this exercise's turn."""
+        self._to_come[exercise.forbid] -= 1
+        self.was_there = False
+
+    def close(self) -> None:
+        """End all that wait."""
+        while self._waiting:
+            self._waiting.popitem()[1].close()
+
+
 class Engine:
     """Runs answers in workers forked from a zygote, its own unless given one. A context manager for one thread.
 
@@ -442,8 +512,12 @@ class Engine:
         expected: Mapping[str, Outcome] | None,
         *,
         goes_on: Callable[[Item, Outcome], bool] = lambda item, outcome: True,
+        company: Company | None = None,
     ) -> dict[str, Outcome]:
-        """Outcomes of the items, as far as the answer gets; `goes_on` may end the run after any of them."""
+        """Outcomes of the items, as far as the answer gets; `goes_on` may end the run after any of them.
+
+        company: in a worker that has judged other exercises of the same notebook, where there is one.
+        """
         # The course's own wrong answers give the same for every learner of a seed.
         ours = answer.trusted and expected is not None and len(answer.parts) == 1
         known = self._ours.setdefault((exercise.name, seed, answer.name), {}) if ours else {}
@@ -455,7 +529,7 @@ class Engine:
             }
         missing = [item for item in exercise.items.values() if item.name in wanted - set(known)]
         if missing:
-            known |= Run(self, exercise, answer, seed, expected).outcomes(missing, known, goes_on)
+            known |= Run(self, exercise, answer, seed, expected, company).outcomes(missing, known, goes_on)
         return {item.name: known[item.name] for item in items if item.name in known}
 
     def race(self, exercise: Exercise, answer: Any, seed: int) -> RaceResult:
@@ -496,8 +570,11 @@ class Run:
         answer: Answer,
         seed: int,
         expected: Mapping[str, Outcome] | None,
+        company: Company | None = None,
     ) -> None:
         self._engine, self._exercise, self._answer = engine, exercise, answer
+        takes_several = exercise.ranks > 1 or any(item.after for item in exercise.items.values())
+        self._company = None if takes_several else company
         self._seed, self._expected = seed, expected
         self._loaded = Loaded()
         self._workers: list[WorkerProcess] = []
@@ -519,10 +596,13 @@ class Run:
                 found[item.name] = self._one(item, saved)
                 if item.after:
                     self._close()
-                if found[item.name].kind in ("died", "timed out", "protocol") or not goes_on(
-                    item, found[item.name]
-                ):
+                if found[item.name].kind in ("died", "timed out", "protocol"):
+                    self._close()
                     break
+                if not goes_on(item, found[item.name]):
+                    break
+            if self._company is not None and self._workers:
+                self._company.leave(self._key, self._exercise, self._workers.pop())
         finally:
             self._close()
         return {name: outcome for name, outcome in found.items() if name not in earlier}
@@ -531,6 +611,11 @@ class Run:
         for worker in self._workers:
             worker.close()
         self._workers = []
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        """What two exercises must have in common to be judged in one worker."""
+        return self._answer.parts, self._answer.trusted, self._exercise.forbid, self._seed
 
     def _one(self, item: Item, saved: tuple[bool, Any]) -> Outcome:
         if not self._workers:
@@ -592,6 +677,9 @@ class Run:
                 return _failed(
                     "timed out", f"{MAX_LEFT_OUT} cells of this notebook hung or ended their process"
                 )
+            if self._company is not None and (kept := self._company.take(self._key)) is not None:
+                kept.turn_to(self._exercise, self._answer)
+                self._workers.append(kept)
             for _ in range(self._exercise.ranks - len(self._workers)):
                 self._workers.append(WorkerProcess(self._engine, self._exercise, self._answer, self._seed))
             loaded = [worker.load(self._cases) for worker in self._workers]

@@ -23,12 +23,16 @@ def exercise_paths() -> dict[str, Path]:
     """Every exercise's name and file; ValueError when two files have one name."""
     found: dict[str, Path] = {}
     for folder in folders():
-        for path in sorted(folder.glob("*/*.py")):
-            if path.stem.startswith("_"):
-                continue
-            if path.stem in found:
-                raise ValueError(
-                    f"two exercises are named {path.stem}: {found[path.stem]} and {path}; rename one"
-                )
-            found[path.stem] = path
+        # os.scandir and not Path.glob: every verdict asks for this.
+        with os.scandir(folder) as entries:
+            topics = sorted(entry.name for entry in entries if entry.is_dir())
+        for topic in topics:
+            for file in sorted(os.listdir(folder / topic)):
+                name, suffix = os.path.splitext(file)
+                if suffix != ".py" or name.startswith("_"):
+                    continue
+                path = folder / topic / file
+                if name in found:
+                    raise ValueError(f"two exercises are named {name}: {found[name]} and {path}; rename one")
+                found[name] = path
     return found

@@ -532,18 +532,16 @@ def judge(
     *,
     naming: bool = True,
     racing: bool = True,
+    results: Sequence[ItemResult] | None = None,
 ) -> Verdict:
     """Run every item on the answer, compare with the reference's outcomes, name the mistake, race it, give points.
 
-    Only an answer that is right is raced, and only once its points for everything else stand.
+    Only an answer that is right is raced, and only once its points for everything else stand. results: of items that
+    were run already.
     """
     items = list(exercise.items.values())
-    outcomes = runner.run(exercise, answer, items, seed, expected)
-    results = tuple(
-        compare(exercise, item, outcomes[item.name], expected[item.name])
-        for item in items
-        if item.name in outcomes
-    )
+    if results is None:
+        results = compared(exercise, runner.run(exercise, answer, items, seed, expected), expected)
     failed = [result for result in results if not result.agrees]
     named: tuple[Mistake, ...] = ()
     if (
@@ -556,6 +554,17 @@ def judge(
     if exercise.race is None or not racing or verdict.verdict != "right":
         return verdict
     return raced(verdict, exercise.race, runner.race(exercise, answer, seed))
+
+
+def compared(
+    exercise: Exercise, outcomes: Mapping[str, Outcome], expected: Mapping[str, Outcome]
+) -> tuple[ItemResult, ...]:
+    """How each item that was run ended, in the exercise's order."""
+    return tuple(
+        compare(exercise, item, outcomes[item.name], expected[item.name])
+        for item in exercise.items.values()
+        if item.name in outcomes
+    )
 
 
 def raced(verdict: Verdict, race: Race, result: RaceResult) -> Verdict:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from llmcourse.source import Definition, parse
@@ -27,46 +28,80 @@ def form(text: str, name: str) -> str:
         return ""
 
 
+# What says nothing about what is computed, nor would be the same in a copy.
+_LEFT_OUT = frozenset(
+    ("annotation", "ctx", "decorator_list", "kind", "returns", "type_comment", "type_params")
+)
+
+
 def _digest(node: Definition) -> str:
-    plain = _Plain().visit(node)
-    names: dict[str, str] = {plain.name: "itself"}
-    for each in ast.walk(plain):
-        if isinstance(each, ast.arg):
-            names.setdefault(each.arg, f"name {len(names)}")
-        elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
-            names.setdefault(each.id, f"name {len(names)}")
-    for each in ast.walk(plain):
-        if isinstance(each, ast.arg):
-            each.arg = names[each.arg]
-        elif isinstance(each, ast.Name):
-            each.id = names.get(each.id, each.id)
-        elif isinstance(each, Definition):
-            each.name = names.get(each.name, each.name)
-    return hashlib.sha256(ast.dump(plain).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    names = {node.name: "itself"}
+    _name(node, names)
+    told: list[str] = []
+    _tell(node, names, told)
+    return hashlib.sha256("\0".join(told).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-class _Plain(ast.NodeTransformer):
-    """Drops what says nothing about what is computed."""
+def _parts(node: ast.AST) -> Iterator[Any]:
+    """What a node consists of, in the order of its fields, as far as it counts."""
+    if isinstance(node, ast.AnnAssign):
+        yield from ([node.target], node.value) if node.value is not None else ()
+        return
+    for field in node._fields:
+        if field not in _LEFT_OUT:
+            part = getattr(node, field, None)
+            if field == "body" and isinstance(node, Definition) and _is_docstring(node.body):
+                part = node.body[1:]
+            yield part
 
-    def _plain(self, node: Any) -> Any:
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-        node.decorator_list = []
-        if hasattr(node, "returns"):
-            node.returns = None
-        return self.generic_visit(node)
 
-    visit_FunctionDef = visit_AsyncFunctionDef = visit_ClassDef = _plain
+def _is_docstring(body: list[ast.stmt]) -> bool:
+    first = body[0]
+    return (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
 
-    def visit_arg(self, node: ast.arg) -> ast.arg:
-        node.annotation = None
-        return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> Any:
-        self.generic_visit(node)
-        if node.value is None:
-            return ast.Pass()
-        return ast.copy_location(ast.Assign(targets=[node.target], value=node.value), node)
+def _name(node: Any, names: dict[str, str]) -> None:
+    """Number the parameters and variables below a node as they come."""
+    if isinstance(node, list):
+        for part in node:
+            _name(part, names)
+    elif isinstance(node, ast.AST):
+        if isinstance(node, ast.arg):
+            names.setdefault(node.arg, f"name {len(names)}")
+        elif isinstance(node, ast.Name):
+            if isinstance(node.ctx, ast.Store):
+                names.setdefault(node.id, f"name {len(names)}")
+        else:
+            for part in _parts(node):
+                _name(part, names)
+
+
+def _tell(node: Any, names: dict[str, str], told: list[str]) -> None:
+    """The tree as a list of texts, in which nothing can be told apart that means the same."""
+    if isinstance(node, list):
+        told.append(f"{len(node)} of")
+        for part in node:
+            _tell(part, names, told)
+    elif not isinstance(node, ast.AST):
+        told.append(repr(node))
+    elif isinstance(node, ast.arg):
+        told.append(f"arg {names[node.arg]}")
+    elif isinstance(node, ast.Name):
+        told.append(f"Name {names.get(node.id, node.id)}")
+    elif isinstance(node, ast.AnnAssign):
+        told.append("Assign" if node.value is not None else "Pass")
+        for part in _parts(node):
+            _tell(part, names, told)
+    else:
+        told.append(type(node).__name__)
+        for part in _parts(node):
+            # Of a definition's fields its name alone is a text.
+            is_name = isinstance(node, Definition) and isinstance(part, str)
+            _tell(names.get(part, part) if is_name else part, names, told)
 
 
 def _is_stub(node: Definition) -> bool:

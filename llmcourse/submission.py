@@ -159,7 +159,8 @@ def read_bytes(raw: bytes, path: Path, teacher: TeacherNotebook | None = None) -
             topic = topic_of([cell for cell in cells if cell.kind == "code"], path)
             teacher = TeacherNotebook(tuple(lesson_exercises(topic)), import_cell(topic))
         else:
-            topics = Counter(exercise_paths()[name].parent.name for name in teacher.names)
+            paths = exercise_paths()
+            topics = Counter(paths[name].parent.name for name in teacher.names)
             topic = topics.most_common(1)[0][0] if topics else ""
         parts, helpers, own_notes = _own_cells(cells, teacher)
         answer_parts, answers, own, answer_notes = _exercise_cells(cells, teacher)

@@ -401,14 +401,16 @@ class Worker:
         self.channel = Channel(connection)
         self.answer = types.ModuleType(ANSWER_MODULE)
         self.cases = types.ModuleType(CASE_MODULE)
-        sys.modules[ANSWER_MODULE], sys.modules[CASE_MODULE] = self.answer, self.cases
+        sys.modules[ANSWER_MODULE] = self.answer
         self.labels: list[str] = []
 
     def serve(self) -> None:
         while True:
             message, data = self.channel.inbox.get()
             if message["do"] == "load":
-                self.load(message, data["cases"])
+                self.load(message)
+            elif message["do"] == "cases":
+                self.take_up(message, data["code"])
             elif message["do"] == "item":
                 self.item(message, data)
             elif message["do"] == "line up":
@@ -416,7 +418,7 @@ class Worker:
             else:
                 self.lap(data)
 
-    def load(self, message: dict[str, Any], cases: bytes) -> None:
+    def load(self, message: dict[str, Any]) -> None:
         if not message["trusted"]:
             sys.meta_path.insert(0, NoLessons())
         try:
@@ -435,12 +437,17 @@ class Worker:
             error = self.run(label, text, self.answer)
             if error is not None:
                 errors.append(error)
-        self.defined = [name for name in vars(self.answer) if not name.startswith("__")]
-        case_error = self.run(wall.CASES, message["cases"], self.cases, marshal.loads(cases))
+        names = [name for name in vars(self.answer) if not name.startswith("__") and self._own(name)]
+        self.channel.send({"loaded": True, "errors": errors, "case_error": None, "names": names[:50]})
+
+    def take_up(self, message: dict[str, Any], code: bytes) -> None:
+        """Load the cases of an exercise; nothing of an earlier one's is left in their module."""
+        self.cases = sys.modules[CASE_MODULE] = types.ModuleType(CASE_MODULE)
+        reset(message["seed"])
+        case_error = self.run(wall.CASES, message["cases"], self.cases, marshal.loads(code))
         for name in message["uses"]:
             setattr(self.cases, name, getattr(self.answer, name, None))
-        names = [name for name in self.defined if self._own(name)]
-        self.channel.send({"loaded": True, "errors": errors, "case_error": case_error, "names": names[:50]})
+        self.channel.send({"loaded": True, "case_error": case_error})
 
     def _own(self, name: str) -> bool:
         value = getattr(self.answer, name)

@@ -189,6 +189,68 @@ def test_a_notebook_is_judged_exercise_by_exercise_whatever_one_of_them_does(les
     assert (found["scale_rows"]["verdict"], found["scale_rows"]["points"]) == ("right", 2.0)
 
 
+AGAIN = "def scale_again(weight):\n    return weight.abs().amax(dim=1)"
+SPOILS = """import torch
+def scale_again(weight):
+    found = weight.abs().amax(dim=1)
+    torch.Tensor.amax = lambda *_, **__: None
+    return found
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "verdicts", "workers"),
+    [
+        (AGAIN, ANSWER, ["right", "right"], ["scale_again"]),
+        (SPOILS, ANSWER, ["right", "right"], ["scale_again", "scale_rows"]),
+        (
+            AGAIN,
+            "def scale_rows(weight):\n    return weight.abs().max().expand(weight.shape[0])",
+            ["right", "wrong"],
+            ["scale_again", "scale_rows"],
+        ),
+        (
+            AGAIN,
+            "def scale_rows(weight):\n    raise NotImplementedError",
+            ["right", "not attempted"],
+            ["scale_again"],
+        ),
+        (
+            "import os\ndef scale_again(weight):\n    os._exit(0)",
+            ANSWER,
+            ["crashed", "right"],
+            ["scale_again", "scale_rows"],
+        ),
+        ("x = 1", ANSWER, ["not attempted", "right"], ["scale_again"]),
+    ],
+    ids=["both right", "spoilt", "wrong", "a stub", "died", "missing"],
+)
+def test_what_is_not_right_in_company_is_judged_alone(
+    lesson: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    first: str,
+    second: str,
+    verdicts: list[str],
+    workers: list[str],
+) -> None:
+    started: list[str] = []
+    begin = engine.WorkerProcess.__init__
+
+    def noted(
+        worker: engine.WorkerProcess, own: Any, exercise: Any, answer: Any, *rest: Any, **options: Any
+    ) -> None:
+        if not answer.trusted:
+            started.append(answer.name)
+        begin(worker, own, exercise, answer, *rest, **options)
+
+    monkeypatch.setattr(engine.WorkerProcess, "__init__", noted)
+    path = write(lesson, [cell(first, "scale_again"), cell(second, "scale_rows")])
+    found = checking.check_notebook(path, seed=1).exercises
+    assert [verdict.verdict for verdict in found] == verdicts
+    assert started == workers
+    assert found[1].verdict != "wrong" or found[1].mistakes
+
+
 def test_a_cell_that_hangs_is_waited_for_once(lesson: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "LOAD_LIMIT_S", 1.5)
     stopped: list[tuple[str, bool]] = []
