@@ -178,12 +178,14 @@ class WorkerProcess:
         message = {
             "do": "cases",
             "cases": cases,
+            # As text: what an answer has done to Python by now may have spoilt how bytes are received.
+            "code": compiled(cases),
             "uses": self._exercise.uses,
             "seed": derive_seed(self._seed, "load"),
         }
         deadline = time.monotonic() + (REFERENCE_LIMIT_S if self._answer.trusted else LOAD_LIMIT_S)
         try:
-            wire.send(self._connection, message, {"code": compiled(cases)}, deadline=deadline)
+            wire.send(self._connection, message, deadline=deadline)
             reply, _ = wire.receive(self._connection, max_bytes=1 << 20, deadline=deadline)
         except TimeoutError:
             return self._stopped_after_all(f"it ran for more than {LOAD_LIMIT_S:.0f} s")
@@ -339,9 +341,9 @@ class WorkerProcess:
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(cases: str) -> bytes:
-    """Our own source as a worker runs it: compiled once for all workers, which are of this same Python."""
-    return marshal.dumps(compile(cases, CASES, "exec", dont_inherit=True))
+def compiled(cases: str) -> str:
+    """Our own source as a worker runs it, in hex: compiled once for all workers, which are of this same Python."""
+    return marshal.dumps(compile(cases, CASES, "exec", dont_inherit=True)).hex()
 
 
 def listed(value: object) -> list[Any]:

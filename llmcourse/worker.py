@@ -410,7 +410,7 @@ class Worker:
             if message["do"] == "load":
                 self.load(message)
             elif message["do"] == "cases":
-                self.take_up(message, data["code"])
+                self.take_up(message)
             elif message["do"] == "item":
                 self.item(message, data)
             elif message["do"] == "line up":
@@ -440,11 +440,13 @@ class Worker:
         names = [name for name in vars(self.answer) if not name.startswith("__") and self._own(name)]
         self.channel.send({"loaded": True, "errors": errors, "case_error": None, "names": names[:50]})
 
-    def take_up(self, message: dict[str, Any], code: bytes) -> None:
+    def take_up(self, message: dict[str, Any]) -> None:
         """Load the cases of an exercise; nothing of an earlier one's is left in their module."""
         self.cases = sys.modules[CASE_MODULE] = types.ModuleType(CASE_MODULE)
         reset(message["seed"])
-        case_error = self.run(wall.CASES, message["cases"], self.cases, marshal.loads(code))
+        case_error = self.run(
+            wall.CASES, message["cases"], self.cases, marshal.loads(bytes.fromhex(message["code"]))
+        )
         for name in message["uses"]:
             setattr(self.cases, name, getattr(self.answer, name, None))
         self.channel.send({"loaded": True, "case_error": case_error})

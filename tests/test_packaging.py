@@ -446,9 +446,7 @@ def test_ci_needs_nothing_but_bash_to_begin_and_ends_in_make_test() -> None:
     assert text.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in text
     assert "export LLMCOURSE_REQUIRE=all" in text
     assert (
-        text.rstrip()
-        .splitlines()[-1]
-        .startswith('exec make test "AUDIT=--sample --mutants 40" SLOW= BROWSER=tests/browser ')
+        text.rstrip().splitlines()[-1].startswith("exec make test AUDIT=--all SLOW= BROWSER=tests/browser ")
     )
     assert subprocess.run(["bash", "-n", str(path)]).returncode == 0
 

@@ -153,8 +153,8 @@ RESOURCES = [
         "fills-the-disk",
         """
         with open('llmc-hostile', 'wb') as file:
-            while True:
-                file.write(bytes(1 << 24))
+            for number in range(1 << 20):
+                os.posix_fallocate(file.fileno(), number << 24, 1 << 24)
         """,
         said="your answer raised OSError",
     ),
@@ -394,12 +394,11 @@ def run(x):
         lapping("return SLOW(kept, x)"),
         said="exit status 9",
         top="""
-frame = sys._getframe()
-while frame is not None:
-    message = frame.f_locals.get('message')
-    if isinstance(message, dict) and 'a_wide_projection' in message.get('cases', ''):
-        os._exit(9)
-    frame = frame.f_back
+def waiting():
+    while not hasattr(sys.modules.get('llmcourse_case'), 'a_wide_projection'):
+        time.sleep(0.001)
+    os._exit(9)
+threading.Thread(target=waiting, daemon=True).start()
 """,
     ),
     Attack(

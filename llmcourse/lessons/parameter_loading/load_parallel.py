@@ -55,7 +55,7 @@ def load_parallel(
       fail, the first in the order of `shards`. Reads under way are waited for; after a
       failure at most `workers` more begin.
     - ValueError when two shards hold a tensor of the same name: the message names the
-      tensor and both shards, and nothing else.
+      tensor and both shards, and nothing else. (Both at once do not occur.)
 
     About 15 lines.
     """
@@ -68,10 +68,8 @@ def load_parallel(
 
     loaded: dict[str, Tensor] = {}
     holder: dict[str, str] = {}
-    for (
-        shard,
-        future,
-    ) in reads.items():  # a cancelled read comes after the failed one: reads begin in this order
+    # Reads begin in this order: a cancelled one comes after the one that failed.
+    for shard, future in reads.items():
         error = future.exception()
         if error is not None:
             raise RuntimeError(f"{shard} could not be read: {error}") from error

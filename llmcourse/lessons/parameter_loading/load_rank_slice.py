@@ -45,7 +45,7 @@ def load_rank_slice(
     tensor that is fused along it, `units` units of `size` neighbouring rows or columns.
     A unit is a head or a single row and is never cut. Queries, keys and values with 32
     and 8 heads: [(32, 128), (8, 128), (8, 128)]; a gate and what it gates: [(14336, 1),
-    (14336, 1)]. A rank has something of each part, in the order of the parts:
+    (14336, 1)]. A rank has its share of each part, in the order of the parts:
 
     - with padded=True ceil(units / world) units: the rank-th run of so many, with zeros
       for those that do not exist;
@@ -55,8 +55,8 @@ def load_rank_slice(
       twice);
     - else nothing: ValueError.
 
-    A bias [out] of a "column" layer is cut as the rows are. That of a "row" layer is to
-    be added once: rank 0 gets all of it, the others None.
+    A bias [out] of a "column" layer is cut as the rows are. That of a "row" layer is
+    not cut, and to be added once: rank 0 gets all of it, the others None.
 
     files: opened safetensors files; file i is what rank i of len(files) was given by
     these same rules, so a single one holds everything. Padding in them may be anything,

@@ -86,8 +86,8 @@ def map_tensor(path: str, name: str) -> Tensor:
 
     Costs are counted on a tensor of 8 MiB in a file of 32 MiB, all its values read (on
     Linux; elsewhere nothing is counted): at most 1 MiB through read calls and 2 MiB of
-    memory beside the file's pages; and at most 10 MiB of the file read or mapped in.
-    The library's own readers are switched off.
+    memory beside the file's pages; and at most 10 MiB of the file's pages read or
+    touched: to map more costs nothing. The library's own readers are switched off.
     """
     ### BEGIN SOLUTION
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

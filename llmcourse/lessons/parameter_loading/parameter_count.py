@@ -44,9 +44,9 @@ def parameter_count(config: dict[str, Any]) -> int:
 
     What a family has beyond that stands in its code, not in its config.json: qwen2 has
     biases on q, k and v, never on o; qwen3 has two more norms a layer, one for queries
-    and one for keys, of head_dim weights that all heads share; mistral and qwen2 do not
-    read the two bias keys. ValueError for a model_type other than llama, mistral,
-    qwen2, qwen3.
+    and one for keys, of head_dim weights that all heads share; mistral and qwen2 read
+    neither of the two bias keys, qwen3 attention_bias alone. ValueError for a
+    model_type other than llama, mistral, qwen2, qwen3.
 
     Nothing is built to be counted: torch.nn.Module is switched off, and tensors cost
     points.

@@ -64,8 +64,9 @@ def pickle_imports(data: bytes) -> list[tuple[str, str]]:
     data is a pickle of protocol 0 to 5, or several one after the other up to the last
     byte, each with a stack and a memo of its own. If, and only if, it begins with
     b"PK\\x03\\x04", it is a zip archive as torch.save writes it; then every member
-    whose name ends in .pkl is such data, of two members with one name both. No other
-    member is read into memory (a sixth of the points).
+    whose name ends in .pkl holds pickles as above, no further archive, and where two
+    have one name both count. No other member is read into memory (a sixth of the
+    points).
 
     Pairs are what the file says, harmless ones too: a dotted name stays whole, Python
     2's modules keep their names. These opcodes import, and no others; what a call would
@@ -83,9 +84,9 @@ def pickle_imports(data: bytes) -> list[tuple[str, str]]:
     anything but two texts, such as the result of a call; bytes that end before STOP;
     opcodes and arguments that are none; too few values on the stack for an opcode, no
     mark, a memo entry never made; bytes behind the last pickle (torch wrote such files
-    before 1.6); an archive that is damaged, encrypted or without a .pkl. Imports found
-    before that are no excuse: an unpickler would have made them, and this function has
-    not seen all.
+    before 1.6); an archive that cannot be opened, has no .pkl, or one that is damaged
+    or encrypted. Imports found before that are no excuse: an unpickler would have made
+    them, and this function has not seen all.
 
     How many values an opcode takes and leaves matters, not whether an unpickler could
     use them: a list as a dict's key, a call of None, a buffer that the file leaves to

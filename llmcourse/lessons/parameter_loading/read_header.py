@@ -46,8 +46,9 @@ def read_header(reader: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]
     `{`; spaces, and nothing else, may follow it. It holds {name: {"dtype": ...,
     "shape": [...], "data_offsets": [begin, end]}} in any order, offsets counted from
     the first byte of the data, and may hold `__metadata__`, an object whose values are
-    strings. Other keys of an entry mean nothing. The ranges cover all the data: no gap,
-    no overlap, nothing left over. shape [] is one value; a 0 in a shape means no values
+    strings. Other keys of an entry mean nothing. Sorted, the ranges cover the data:
+    each, also one of no bytes, begins where the one before it ends, the first at 0, and
+    the last ends with the data. shape [] is one value; a 0 in a shape means no values
     and no bytes; no tensor at all is allowed.
 
     Bytes a value: 1 for BOOL U8 I8 F8_E4M3 F8_E5M2, 2 for U16 I16 F16 BF16, 4 for U32
@@ -366,6 +367,8 @@ class WrongRanges(Files):
         gap = {**entries, names[-1]: {**entries[names[-1]], "data_offsets": [n + 4 for n in last]}}
         same = {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}
         apart = {"a": {**same, "shape": [4]}, "b": {**same, "data_offsets": [3, 6]}}
+        amends = {"a": same, "b": {**same, "data_offsets": [2, 5]}}
+        amends["c"] = {**same, "shape": [2], "data_offsets": [6, 8]}
         back = {"a": {**same, "shape": [-3], "data_offsets": [3, 0]}, "b": {**same, "data_offsets": [0, 3]}}
         wrapped = {"dtype": "U8", "shape": [1 << 32, 1 << 32], "data_offsets": [last[1], last[1]]}
         huge = {"dtype": "U8", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 1 << 80]}
@@ -379,6 +382,7 @@ class WrongRanges(Files):
             "a gap before the first tensor": packed(late, data + bytes(4)),
             "two tensors over the same bytes": packed({**entries, name: {**entries[names[-1]]}}, data),
             "an overlap of one byte": packed({"a": same, "b": {**same, "data_offsets": [2, 5]}}, bytes(5)),
+            "an overlap and a gap as long": packed(amends, bytes(8)),
             "no values, inside another tensor": packed({**entries, name: inside}, data),
             "a range longer than the shape": packed({"a": {**same, "shape": [2]}}, bytes(3)),
             "a range shorter than the shape": packed(apart, bytes(6)),
@@ -806,13 +810,25 @@ def gaps_accepted(reader):
     return variant(check_ranges=check_ranges)(reader).parsed()
 
 
-@mistake(
-    read_header, "Adds up the lengths of the ranges: a gap hides an overlap, and empty ones lie anywhere."
-)
+@mistake(read_header, "Adds up the lengths of the ranges: a gap makes up for an overlap as long.")
 def lengths_added_up(reader):
     def check_ranges(self, ranges, data_bytes):
         last = max((end for _, end in ranges), default=0)
         if sum(end - begin for begin, end in ranges) != data_bytes or last != data_bytes:
+            raise ValueError("ranges")
+
+    return variant(check_ranges=check_ranges)(reader).parsed()
+
+
+@mistake(read_header, "Leaves out ranges of no bytes, so that one of them may lie inside another tensor.")
+def empty_ranges_left_out(reader):
+    def check_ranges(self, ranges, data_bytes):
+        covered = 0
+        for begin, end in sorted(one for one in ranges if one[0] < one[1]):
+            if begin != covered:
+                raise ValueError("ranges")
+            covered = end
+        if covered != data_bytes or any(end > data_bytes for _, end in ranges):
             raise ValueError("ranges")
 
     return variant(check_ranges=check_ranges)(reader).parsed()

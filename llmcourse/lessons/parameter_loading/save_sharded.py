@@ -48,11 +48,12 @@ def save_sharded(tensors: dict[str, Tensor], folder: str, max_bytes: int) -> lis
     one tensor or more.
 
     Shards. A file has at most max_bytes, header included; only a tensor too large for
-    that gets a larger file, alone. There are no more shards than first-fit makes (names
-    in sorted order, each into the first shard with room) with files of at most 0.9 ·
-    max_bytes. total_size is the bytes of all tensors saved, without headers. The order
-    of the dict does not matter: saved into an empty folder, the same tensors give the
-    same files, byte for byte.
+    that gets a larger file, alone. Pack as you like, into no more shards than this
+    makes: names in sorted order, each into the first shard whose file stays within 0.9
+    · max_bytes. The tenth lets you estimate headers (8 bytes, then JSON without spaces,
+    padded to a multiple of 8). total_size is the bytes of all tensors saved, without
+    headers. The order of the dict does not matter: saved into an empty folder, the same
+    tensors give the same files, byte for byte.
 
     Memory. Tensors with the same data_ptr(), dtype, shape and stride, and at least one
     value, are tied: saved once, under the name that sorts first; "tied" maps each other
@@ -70,8 +71,8 @@ def save_sharded(tensors: dict[str, Tensor], folder: str, max_bytes: int) -> lis
     of them may be lost, in any order.
 
     Names that end in .tmp are yours to use, for files in the folder itself. At the end
-    no other model-*.safetensors and no *.tmp is left in it, all other files are as they
-    were, and every descriptor you opened is closed.
+    no other file model-*.safetensors or *.tmp is left in it, all other files are as
+    they were, and every descriptor you opened is closed.
     """
     ### BEGIN SOLUTION
     kept: dict[str, Tensor] = {}

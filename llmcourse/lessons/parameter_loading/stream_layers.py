@@ -455,7 +455,7 @@ def nothing_ahead(device, budget, tokens, x):
 
 @mistake(
     stream_layers,
-    "What is fetched is the layer that runs now, not the next one, so the place kept for it is wasted.",
+    "Nothing is fetched while a layer runs: a load is called for the layer that runs now, or after the run.",
     fails=["next_layer_is_fetched"],
 )
 def current_fetched(device, budget, tokens, x):
