@@ -344,6 +344,12 @@ class Run:
             self._begin_run(sorted(self._in_run))
         return int(self._settled["run"])
 
+    def _is_told(self) -> bool:
+        """Whether somebody's feedback was written since the run began: nbgrader's own commands end no run."""
+        began = self._run_path.stat().st_mtime_ns if self._run_path.exists() else 0
+        pages = self.course.grading.glob(f"feedback/*/{self.assignment}/*.html")
+        return any(page.stat().st_mtime_ns > began for page in pages)
+
     def _end_run(self, names: Sequence[str]) -> None:
         if not self._settled["ended"] and {*names, *self._in_run} <= {*self.outcome.records}:
             workspace.write_json(self._run_path, {**self._settled, "ended": True})
@@ -402,6 +408,8 @@ class Run:
         from llmcourse.grader import again, mark
 
         self._settle_run([student], rerun=False)
+        if self._is_told():
+            self._settled["ended"], self._in_run = True, set()
         plan, taken, known, final = self._look_up(student)
         if known is None:
             known = mark(plan, taken)

@@ -129,6 +129,24 @@ def test_what_is_on_record_is_not_judged_again_by_either(
         assert run.one("right").exercises[0].points == 2
 
 
+def test_whoever_comes_after_somebodys_feedback_gets_other_inputs(course: Path, tmp_path: Path) -> None:
+    place = tmp_path / "course"
+    shutil.copytree(course, place)
+
+    def run_of(student: str) -> int:
+        submit(place, student, handed_in(place, RIGHT))
+        with grading.opened(grading.Course(place), ASSIGNMENT) as run:
+            return run.one(student).run
+
+    first = run_of("before")
+    page = place / "grading" / "feedback" / "right" / ASSIGNMENT / f"{ASSIGNMENT}.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<p>2 of 2</p>")
+    assert [run_of("after"), run_of("later"), run_of("before")] == [first + 1, first + 1, first]
+    page.write_text("<p>2 of 2, once more</p>")
+    assert run_of("last") == first + 2
+
+
 def api_of(course: Path, **more: Any) -> NbGraderAPI:
     """As formgrader has it."""
     config = PyFileConfigLoader(str(course / "grading" / "nbgrader_config.py")).load_config()
