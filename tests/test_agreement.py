@@ -216,3 +216,13 @@ def test_the_largest_integer_the_wire_carries_can_be_described():
 )
 def test_what_a_call_should_have_raised_is_said_in_words(observed: str, expected: str, told: str) -> None:
     assert difference({"nan": observed}, {"nan": expected}) == told
+
+
+@pytest.mark.parametrize("dtype", wire.DTYPES.values(), ids=str)
+def test_a_tensor_of_any_dtype_agrees_with_itself_and_its_copy(dtype: torch.dtype) -> None:
+    raw = torch.arange(128, dtype=torch.uint8)
+    held = (raw % 2 if dtype == torch.bool else raw).view(dtype)
+    for expected in (held, held.reshape(2, -1).t()):
+        for observed in (expected, expected.clone()):
+            assert difference(observed, expected) is None
+    assert difference(raw.flip(0).view(dtype) if dtype != torch.bool else ~held, held) is not None
