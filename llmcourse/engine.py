@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -51,6 +52,7 @@ from llmcourse.wall import CASES, ENGINE_FOLDER
 from llmcourse.zygote import Forked, HarnessFault, Zygote
 
 LOAD_LIMIT_S, REFERENCE_LIMIT_S = 10.0, 60.0
+IDLE_THREADS = 2  # of a worker: one runs the answer, one reads what it is sent
 CHEAP_S = 0.01  # an item that costs less than another worker would
 LINE_UP_LIMIT_S, LAP_LIMIT_S = 30.0, 5.0
 MAX_TRUSTED_BYTES = 1 << 31
@@ -330,6 +332,14 @@ class WorkerProcess:
         forked, self.forked = self.forked, None
         return self._engine.zygote.end(forked) if forked is not None else (0, "")
 
+    def is_idle(self) -> bool:
+        """Whether it has its own two threads and nothing else that runs, as far as this system (Linux) says."""
+        try:
+            tasks = [*Path(f"/proc/{self.pid}/task").iterdir()]
+            return len(tasks) == IDLE_THREADS and not any((task / "children").read_text() for task in tasks)
+        except OSError:
+            return False
+
     def close(self) -> None:
         """End the worker and everything it started; remove its folder."""
         try:
@@ -435,8 +445,8 @@ class Company:
         return found
 
     def leave(self, key: tuple[Any, ...], exercise: Exercise, worker: WorkerProcess) -> None:
-        """The worker waits for an exercise to come, or is ended if there is none."""
-        if self._to_come[exercise.forbid] > 0:
+        """The worker waits for an exercise to come, or is ended: if there is none, or if something still runs in it."""
+        if self._to_come[exercise.forbid] > 0 and worker.is_idle():
             self._waiting[key] = worker
         else:
             worker.close()

@@ -198,9 +198,25 @@ def scale_again(weight):
 """
 
 
+LEAVES_A_THREAD = """import threading
+def scale_again(weight):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+    return weight.abs().amax(dim=1)
+"""
+LEAVES_A_PROCESS = """import os, time
+def scale_again(weight):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(600)
+    return weight.abs().amax(dim=1)
+"""
+
+
 @pytest.mark.parametrize(
     ("first", "second", "verdicts", "workers"),
     [
+        (LEAVES_A_THREAD, ANSWER, ["right", "right"], ["scale_again", "scale_rows"]),
+        (LEAVES_A_PROCESS, ANSWER, ["right", "right"], ["scale_again", "scale_rows"]),
         (AGAIN, ANSWER, ["right", "right"], ["scale_again"]),
         (SPOILS, ANSWER, ["right", "right"], ["scale_again", "scale_rows"]),
         (
@@ -223,7 +239,7 @@ def scale_again(weight):
         ),
         ("x = 1", ANSWER, ["not attempted", "right"], ["scale_again"]),
     ],
-    ids=["both right", "spoilt", "wrong", "a stub", "died", "missing"],
+    ids=["a thread", "a process", "both right", "spoilt", "wrong", "a stub", "died", "missing"],
 )
 def test_what_is_not_right_in_company_is_judged_alone(
     lesson: Path,
