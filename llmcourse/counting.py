@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 SAMPLE_INTERVAL_S = 0.001
+UNKNOWN_BYTES = 1 << 62  # of what could not be read though it was there: dearer than any bound
 
 
 # ---------------------------------------------------------------- work of torch operations
@@ -523,9 +524,7 @@ class MappedFiles:
         seen_from, folder = Path("/proc", str(self._pid), "root"), Path(self._path).parent
         self._in_memory = on_tmpfs(folder, pid)
         self._devices = (
-            {_device(os.stat(seen_from / folder.relative_to("/")).st_dev), _device_of_shared_memory()}
-            if self._in_memory
-            else set()
+            {_device(os.stat(seen_from / folder.relative_to("/")).st_dev)} if self._in_memory else set()
         )
         self.read_bytes = 0
 
@@ -541,43 +540,83 @@ class MappedFiles:
         status = _status_of(self._pid)
         self.read_bytes += len(status)
         anonymous, shared = _kinds_of_memory(status)
-        if not self._in_memory:
-            return anonymous + shared
-        # Not RssShmem without the files' pages: between two readings files come and go.
         of_files, of_others = self._pages_bytes()
+        if not self._in_memory:
+            return anonymous + max(shared, of_others)
+        # Not RssShmem without the files' pages: between two readings files come and go.
         return anonymous + of_others + (0 if files_up_to is None else max(0, of_files - files_up_to))
 
+    def bytes_elsewhere(self, address: int, size_bytes: int) -> int:
+        """Of a range of the process's memory, the bytes on pages that are not these files': memory of its own."""
+        page_bytes = os.sysconf("SC_PAGE_SIZE")
+        first, last = address // page_bytes, -(-(address + size_bytes) // page_bytes)
+        elsewhere = last - first
+        if not 0 < elsewhere <= _MAX_PAGES:
+            return max(0, size_bytes)
+        for line in self._read("maps").decode(errors="replace").splitlines():
+            bounds, _, _, _, _, *names = line.split(None, 5)
+            begin, end = (int(bound, 16) // page_bytes for bound in bounds.split("-"))
+            begin, end = max(begin, first), min(end, last)
+            if begin < end and names and self._is_ours(names[0]):
+                flags = self._flags(begin, end)
+                own = (flags & _PAGE_PRESENT != 0) & (flags & _PAGE_OF_A_FILE != _PAGE_OF_A_FILE)
+                elsewhere -= end - begin - int(numpy.count_nonzero(own))
+        return page_bytes * elsewhere
+
+    def _is_ours(self, name: str) -> bool:
+        name = name.removesuffix(" (deleted)")
+        return name == self._path or name.startswith(self._path + "/")
+
+    def _read(self, name: str) -> bytes:
+        content = Path("/proc", str(self._pid), name).read_bytes()
+        self.read_bytes += len(content)
+        return content
+
+    def _flags(self, begin: int, end: int) -> Any:
+        """Of the pages from `begin` to before `end`, what the kernel says of each."""
+        with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as listed:
+            listed.seek(_PAGE_ENTRY_BYTES * begin)
+            entries = listed.read(_PAGE_ENTRY_BYTES * (end - begin))
+        self.read_bytes += len(entries)
+        return numpy.frombuffer(entries, "=u8") >> _PAGE_FLAGS_SHIFT
+
     def _pages_bytes(self) -> tuple[int, int]:
-        """Bytes in memory now of (these files, other shared memory of the devices watched)."""
-        text = Path("/proc", str(self._pid), "maps").read_bytes()
-        self.read_bytes += len(text)
-        ours, others = [], []
-        for line in text.decode(errors="replace").splitlines():
+        """Bytes in memory now of (these files, other shared memory of the devices watched).
+
+        Of the kernel's own shared memory all that is mapped counts: what is in it stays there though no page is entered
+        for this process.
+        """
+        ours, others, unnamed_bytes = [], [], 0
+        for line in self._read("maps").decode(errors="replace").splitlines():
             bounds, _, _, device, _, *names = line.split(None, 5)
-            name = names[0].removesuffix(" (deleted)") if names else ""
-            if name == self._path or name.startswith(self._path + "/"):
+            if names and self._is_ours(names[0]):
                 ours.append(bounds)
+            elif device == _device_of_shared_memory():
+                unnamed_bytes += _size_bytes(bounds)
             elif device in self._devices:
                 others.append(bounds)
-        return self._in_memory_bytes(ours), self._in_memory_bytes(others)
+        return self._in_memory_bytes(ours), unnamed_bytes + self._in_memory_bytes(others)
 
     def _in_memory_bytes(self, ranges: list[str]) -> int:
-        if not ranges:
-            return 0
         page_bytes, pages = os.sysconf("SC_PAGE_SIZE"), 0
-        with open(f"/proc/{self._pid}/pagemap", "rb", buffering=0) as listed:
-            for bounds in ranges:
-                begin, end = (int(bound, 16) // page_bytes for bound in bounds.split("-"))
-                listed.seek(_PAGE_ENTRY_BYTES * begin)
-                entries = listed.read(_PAGE_ENTRY_BYTES * (end - begin))
-                self.read_bytes += len(entries)
-                flags = numpy.frombuffer(entries, "=u8") >> _PAGE_FLAGS_SHIFT
-                pages += int(numpy.count_nonzero(flags & _PAGE_OF_A_FILE == _PAGE_OF_A_FILE))
+        for bounds in ranges:
+            begin, end = (int(bound, 16) // page_bytes for bound in bounds.split("-"))
+            if end - begin > _MAX_PAGES:  # looking through it would take all day
+                pages += end - begin
+                continue
+            flags = self._flags(begin, end)
+            pages += int(numpy.count_nonzero(flags & _PAGE_OF_A_FILE == _PAGE_OF_A_FILE))
         return page_bytes * pages
 
 
 # Documentation/admin-guide/mm/pagemap.rst of Linux: 64 bits a page, bit 63 "present", bit 61 "of a file or shared".
-_PAGE_ENTRY_BYTES, _PAGE_FLAGS_SHIFT, _PAGE_OF_A_FILE = 8, 61, 0b101
+_PAGE_ENTRY_BYTES, _PAGE_FLAGS_SHIFT, _PAGE_OF_A_FILE, _PAGE_PRESENT = 8, 61, 0b101, 0b100
+_MAX_PAGES = 1 << 18  # 1 GiB of pages of 4 KiB, more than any case maps
+
+
+def _size_bytes(bounds: str) -> int:
+    begin, end = (int(bound, 16) for bound in bounds.split("-"))
+    return end - begin
 
 
 def _device(number: int) -> str:
@@ -620,6 +659,14 @@ def memory_error_bytes() -> int:
     """
     processors = os.cpu_count() or 1
     return processors * max(32, 2 * processors) * os.sysconf("SC_PAGE_SIZE")
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended, as Linux says."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "XZ"
+    except OSError:
+        return False
 
 
 def settle() -> None:
@@ -705,8 +752,14 @@ class PeakMemory:
             finished = self._done.wait(SAMPLE_INTERVAL_S)  # the last reading comes after stop was asked for
             try:
                 now = self._level_bytes()
-            except OSError:  # the process ended in the window: what was seen until then stands
+            except OSError:
+                # A process that has ended: what was seen until then stands. One that cannot be read hides something.
+                if is_running(self.pid):
+                    self._highest_bytes = UNKNOWN_BYTES
                 return
+            except BaseException:
+                self._highest_bytes = UNKNOWN_BYTES
+                raise
             self._highest_bytes = max(self._highest_bytes, now)
             self._lowest_bytes = min(self._lowest_bytes, now)
 

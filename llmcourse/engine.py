@@ -30,6 +30,7 @@ from types import TracebackType
 from typing import Any
 
 from llmcourse import racing, source, wire
+from llmcourse.counting import is_running
 from llmcourse.exercise import Exercise, Item, Race, derive_seed
 from llmcourse.finding import LESSONS, folders
 from llmcourse.judging import (
@@ -167,14 +168,14 @@ class WorkerProcess:
         except TimeoutError:
             return Loaded(stopped=last, why=f"it ran for more than {LOAD_LIMIT_S:.0f} s")
         except (wire.Ended, wire.ProtocolError) as error:
-            return Loaded(stopped=last, why=self._ending(error))
+            return Loaded(stopped=last, why=self.ending(error))
         if message.get("case_error") is not None:
             return self._stopped_after_all(f"the cases cannot be loaded: {message['case_error']}")
         try:
             errors = tuple(one for one in map(clean_error, listed(message.get("errors"))) if one is not None)
             return Loaded(names=texts(message.get("names")), errors=errors)
         except wire.ProtocolError as error:
-            return self._stopped_after_all(self._ending(error))
+            return self._stopped_after_all(self.ending(error))
 
     def _load_cases(self, cases: str, loaded: Loaded) -> Loaded:
         message = {
@@ -192,7 +193,7 @@ class WorkerProcess:
         except TimeoutError:
             return self._stopped_after_all(f"it ran for more than {LOAD_LIMIT_S:.0f} s")
         except (wire.Ended, wire.ProtocolError) as error:
-            return self._stopped_after_all(self._ending(error))
+            return self._stopped_after_all(self.ending(error))
         if reply.get("loaded") is not True:
             return self._stopped_after_all("neither progress nor the end of loading")
         if reply.get("case_error") is not None:
@@ -240,7 +241,7 @@ class WorkerProcess:
         except wire.ProtocolError as error:
             return _failed("protocol", str(error))
         except wire.Ended as error:
-            return _failed("died", self._ending(error))
+            return _failed("died", self.ending(error))
 
     def _cpu_s(self) -> float:
         """CPU seconds of the worker until now; 0 where the system does not say, or it has ended."""
@@ -276,7 +277,7 @@ class WorkerProcess:
         except TimeoutError:
             raise Stumbled(f"it ran for more than {limit:.0f} s") from None
         except (wire.ProtocolError, wire.Ended) as problem:
-            raise Stumbled(self._ending(problem)) from None
+            raise Stumbled(self.ending(problem)) from None
         if error is not None:
             raise Stumbled(f"{error.get('type', error['kind'])}: {error.get('message', '')}")
         return received.get("observed")
@@ -315,7 +316,7 @@ class WorkerProcess:
             wire.send(self._connection, reply, result)
         self._calls.release()
 
-    def _ending(self, error: Exception) -> str:
+    def ending(self, error: Exception) -> str:
         status, why = self._ended()
         if isinstance(error, wire.ProtocolError):
             return str(error)
@@ -627,7 +628,8 @@ class Run:
     @property
     def _key(self) -> tuple[Any, ...]:
         """What two exercises must have in common to be judged in one worker."""
-        return self._answer.parts, self._answer.trusted, self._exercise.forbid, self._seed
+        is_counted = any(item.authority == "outside" for item in self._exercise.items.values())
+        return self._answer.parts, self._answer.trusted, self._exercise.forbid, self._seed, is_counted
 
     def _one(self, item: Item, saved: tuple[bool, Any]) -> Outcome:
         if not self._workers:
@@ -649,7 +651,12 @@ class Run:
         if self._exercise.ranks > 1:
             return self._ranks(item, seeds, limit, max_bytes)
         worker, before_s = self._workers[0], time.process_time()
-        service = service_for(self._exercise, item, self._seed, worker.pid, worker.lives_in)
+        try:
+            service = service_for(self._exercise, item, self._seed, worker.pid, worker.lives_in)
+        except OSError as error:  # there is no such process to watch any more
+            if is_running(worker.pid):
+                raise
+            return _failed("died", f"before this case: {worker.ending(error)}")
         outcome = seen_by(service, worker.run(item, seeds, limit, max_bytes, service, saved))
         return self._explained(replace(outcome, served_cpu_seconds=time.process_time() - before_s))
 
@@ -693,7 +700,16 @@ class Run:
                 kept.turn_to(self._exercise, self._answer)
                 self._workers.append(kept)
             for _ in range(self._exercise.ranks - len(self._workers)):
-                self._workers.append(WorkerProcess(self._engine, self._exercise, self._answer, self._seed))
+                # What is counted of a process from outside, another one must not do for it.
+                self._workers.append(
+                    WorkerProcess(
+                        self._engine,
+                        self._exercise,
+                        self._answer,
+                        self._seed,
+                        alone=any(item.authority == "outside" for item in self._exercise.items.values()),
+                    )
+                )
             loaded = [worker.load(self._cases) for worker in self._workers]
             self._loaded = next((one for one in loaded if one.stopped is not None), loaded[0])
             if self._loaded.stopped is None:

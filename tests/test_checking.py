@@ -237,7 +237,7 @@ def scale_again(weight):
             ["crashed", "right"],
             ["scale_again", "scale_rows"],
         ),
-        ("x = 1", ANSWER, ["not attempted", "right"], ["scale_again"]),
+        ("x = 1", ANSWER, ["not attempted", "right"], ["scale_again", "scale_rows"]),
     ],
     ids=["a thread", "a process", "both right", "spoilt", "wrong", "a stub", "died", "missing"],
 )

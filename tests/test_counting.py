@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import os
 import subprocess
 import sys
 import tempfile
@@ -569,6 +570,78 @@ def test_what_was_read_to_count_pages_is_known(tmp_path: Path) -> None:
         files.resident_bytes(), files.allocated_bytes()
         taken = through_read_calls() - before
     assert 0 <= taken - files.read_bytes <= 4096  # io itself was read once in between
+
+
+@reads_memory
+def test_a_range_of_memory_is_the_files_or_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    files = counting.MappedFiles(str(tmp_path / "file"))
+
+    def elsewhere(held: Any) -> int:
+        array = np.frombuffer(held, dtype=np.uint8)
+        return files.bytes_elsewhere(array.ctypes.data, array.nbytes)
+
+    mapped = touched(tmp_path / "file")
+    assert elsewhere(mapped) == 0 and elsewhere(memoryview(mapped)[5000:5001]) == 0
+    mapped[0] = 1  # now one page is the process's own
+    assert elsewhere(mapped) == mmap.PAGESIZE
+    assert elsewhere(bytearray(MIB)) >= MIB
+    assert files.bytes_elsewhere(0, 1 << 50) == 1 << 50
+
+
+@reads_memory
+@in_memory
+def test_shared_memory_counts_though_no_page_of_it_is_entered(in_shm: Path) -> None:
+    files = counting.MappedFiles(str(in_shm))
+    before = files.allocated_bytes()
+    with mmap.mmap(-1, 64 * MIB) as shared:
+        shared[:: mmap.PAGESIZE] = b"x" * (64 * MIB // mmap.PAGESIZE)
+        shared.madvise(mmap.MADV_DONTNEED)
+        assert files.allocated_bytes() - before >= 64 * MIB - 2 * counting.memory_error_bytes()
+
+
+@reads_memory
+@in_memory
+def test_an_endless_map_counts_and_is_not_looked_through(in_shm: Path) -> None:
+    with (in_shm / "file").open("w+b") as file:
+        file.truncate(1 << 40)
+        with mmap.mmap(file.fileno(), 1 << 40):
+            assert counting.MappedFiles(str(in_shm)).resident_bytes() == 1 << 40
+
+
+@reads_memory
+@pytest.mark.parametrize(
+    ("fault", "counted"), [(PermissionError(), True), (MemoryError(), True), (ProcessLookupError(), False)]
+)
+def test_what_cannot_be_read_of_a_process_that_runs_is_dearer_than_any_bound(
+    monkeypatch: pytest.MonkeyPatch, fault: BaseException, counted: bool
+) -> None:
+    if not counted:
+        monkeypatch.setattr(counting, "is_running", lambda pid: False)
+    monkeypatch.setattr(threading, "excepthook", lambda told: None)
+    peak, level, calls = PeakMemory(), PeakMemory._level_bytes, []
+
+    def failing(self: PeakMemory) -> int:
+        calls.append(1)
+        if len(calls) > 1:
+            raise fault
+        return level(self)
+
+    monkeypatch.setattr(PeakMemory, "_level_bytes", failing)
+    peak.start()
+    peak.stop(MIB)
+    ((measured, _),) = peak.counts().values()
+    assert measured is not None and (measured > 1 << 60) == counted
+
+
+@reads_memory
+def test_a_process_runs_until_it_has_ended() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert counting.is_running(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not counting.is_running(child.pid)  # it waits for us, and does nothing any more
+    assert not counting.is_running(child.pid)
 
 
 @reads_memory

@@ -390,3 +390,30 @@ def test_memory_is_told_apart_where_files_lie_in_memory(seed: int) -> None:
     """Every wrong answer of the exercises that allow for mapped files."""
     report = auditing.audit(["map_tensor", "load_without_double_memory"], seed=seed, jailed=True)
     assert report.complete, report
+
+
+def test_what_is_counted_of_a_process_it_cannot_hide(engine, add):
+    holds(
+        engine,
+        add,
+        "library = ctypes.CDLL(None, use_errno=True)\n"
+        "refused = library.prctl(4, 0, 0, 0, 0), ctypes.get_errno(), library.prctl(3, 0, 0, 0, 0)\n"
+        "assert refused == (-1, 1, 1), refused\n",
+    )
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_process_that_ends_between_two_cases_is_its_own_loss(engine, add, monkeypatch, runs):
+    engine.expected(add, SEED)
+
+    def no_such_process(*_: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(engine_module, "service_for", no_such_process)
+    monkeypatch.setattr(engine_module, "is_running", lambda pid: runs)
+    if runs:
+        with pytest.raises(OSError, match="Invalid argument"):
+            verdict(engine, add, GOOD)
+    else:
+        found = verdict(engine, add, GOOD)
+        assert found.verdict == "crashed" and "before this case" in found.reason

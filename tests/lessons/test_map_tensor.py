@@ -329,7 +329,7 @@ class Uncounted:
     def start(self, path: str) -> None:
         pass
 
-    def look(self) -> None:
+    def look(self, address: int = 0, size_bytes: int = 0) -> None:
         pass
 
 

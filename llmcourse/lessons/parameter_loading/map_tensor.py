@@ -23,8 +23,10 @@ from torch import Tensor
 
 from llmcourse.counting import (
     SAMPLE_INTERVAL_S,
+    UNKNOWN_BYTES,
     MappedFiles,
     can_read_memory,
+    is_running,
     memory_error_bytes,
     settle,
 )
@@ -434,7 +436,7 @@ class FileUse:
         self._started = False
         self._lock = threading.Lock()
         self._file: MappedFiles | None = None
-        self._lowest_bytes = self._highest_bytes = self._file_bytes = 0
+        self._lowest_bytes = self._highest_bytes = self._file_bytes = self._elsewhere_bytes = 0
         self._own_read_bytes = self._read_before = 0
 
     def start(self, path: str) -> None:
@@ -459,11 +461,14 @@ class FileUse:
         self._own_read_bytes += len(text)
         return int(text.split()[1])
 
-    def look(self) -> None:
-        """Read the levels now."""
+    def look(self, address: int = 0, size_bytes: int = 0) -> None:
+        """Read the levels now; and how much of the memory from `address` on, where a result lies, is not the file's."""
         if self._thread is not None:
             with self._lock:
                 assert self._file is not None
+                self._elsewhere_bytes = max(
+                    self._elsewhere_bytes, self._file.bytes_elsewhere(address, size_bytes)
+                )
                 self._file_bytes = max(self._file_bytes, self._file.resident_bytes())
                 allocated = self._file.allocated_bytes()
                 self._lowest_bytes = min(self._lowest_bytes, allocated)
@@ -473,8 +478,13 @@ class FileUse:
         while not self._done.wait(SAMPLE_INTERVAL_S):
             try:
                 self.look()
-            except OSError:  # the process has ended
+            except OSError:
+                if is_running(self.pid):  # it hides something
+                    self._highest_bytes = self._file_bytes = UNKNOWN_BYTES
                 return
+            except BaseException:
+                self._highest_bytes = self._file_bytes = UNKNOWN_BYTES
+                raise
 
     def end(self) -> tuple[int, int, int] | None:
         """(bytes through read calls, peak allocated, peak of the file mapped in); None where not counted."""
@@ -488,7 +498,9 @@ class FileUse:
         # In a notebook the process reads its own counters, and that is counted as well.
         own = self._own_read_bytes + self._file.read_bytes if self.pid == os.getpid() else 0
         read = max(0, after - self._read_before - own)
-        return read, self._highest_bytes - self._lowest_bytes, self._file_bytes
+        # Memory that the process had before, and copied into, has not grown.
+        allocated = max(self._highest_bytes - self._lowest_bytes, self._elsewhere_bytes)
+        return read, allocated, self._file_bytes
 
     def counts(self) -> dict[str, tuple[float | None, float | None]]:
         return self.named(self.end())
@@ -558,7 +570,8 @@ def sums_from_the_middle(answer, rng, watch):
                 file.truncate(start - before + FILE_BYTES)
             result = answer(path, "wanted")
             observed = seen(result, sums)
-            watch.look()  # while the result is there, and with it what it mapped in
+            # While the result is there, and with it what it mapped in.
+            watch.look(result.data_ptr(), result.nbytes) if isinstance(result, Tensor) else watch.look()
     return observed
 
 
@@ -700,6 +713,26 @@ def copied_into_a_map_of_nothing(path, name):
             with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=begin) as part:
                 copy.write(part[max(0, start - begin) :])
         return torch.frombuffer(copy, dtype=torch.uint8)
+
+    return variant(raw=raw)(path, name)
+
+
+@functools.cache
+def kept_memory() -> Tensor:
+    return torch.zeros(WANTED_BYTES, dtype=torch.uint8)
+
+
+@mistake(
+    map_tensor,
+    "Copies large tensors into memory that it keeps from call to call, so that the process does not grow.",
+    fails=["nothing_copied"],
+)
+def copied_into_kept_memory(path, name):
+    kept_memory()
+
+    def raw(self, file, start, end):
+        found = Mapping.raw(self, file, start, end)
+        return kept_memory().copy_(found) if len(found) == WANTED_BYTES else found
 
     return variant(raw=raw)(path, name)
 
