@@ -560,6 +560,7 @@ def grade(
     with interrupts.held():
         from llmcourse import grading, intake, pools
         from llmcourse.gradebook import GradebookError
+    gc.freeze()  # what is imported stays: looking through it would be each submission's
     course = grading.Course(Path.cwd())
     try:
         with pools.executor_of(dask) as executor, _grading_bar() as tell:

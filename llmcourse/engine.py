@@ -428,6 +428,11 @@ def files_of(modules: Sequence[str]) -> Iterator[str]:
                 yield from (spec.origin, importlib.util.cache_from_source(spec.origin))
 
 
+def is_counted(exercise: Exercise) -> bool:
+    """Whether it has costs that are counted of its process from outside."""
+    return any(item.authority == "outside" for item in exercise.items.values())
+
+
 class Company:
     """Workers of one notebook that may judge its next exercise as well, which spares loading the notebook again.
 
@@ -436,6 +441,7 @@ class Company:
 
     def __init__(self, exercises: Sequence[Exercise]) -> None:
         self._to_come = Counter(exercise.forbid for exercise in exercises)
+        self._counted = {exercise.forbid for exercise in exercises if is_counted(exercise)}
         self._waiting: dict[tuple[Any, ...], WorkerProcess] = {}
         self.was_there = False
 
@@ -451,6 +457,10 @@ class Company:
             self._waiting[key] = worker
         else:
             worker.close()
+
+    def is_counted(self, exercise: Exercise) -> bool:
+        """Whether an exercise that it may share a worker with has costs that are counted from outside."""
+        return exercise.forbid in self._counted
 
     def begin(self, exercise: Exercise) -> None:
         """It is this exercise's turn."""
@@ -628,8 +638,7 @@ class Run:
     @property
     def _key(self) -> tuple[Any, ...]:
         """What two exercises must have in common to be judged in one worker."""
-        is_counted = any(item.authority == "outside" for item in self._exercise.items.values())
-        return self._answer.parts, self._answer.trusted, self._exercise.forbid, self._seed, is_counted
+        return self._answer.parts, self._answer.trusted, self._exercise.forbid, self._seed
 
     def _one(self, item: Item, saved: tuple[bool, Any]) -> Outcome:
         if not self._workers:
@@ -707,7 +716,8 @@ class Run:
                         self._exercise,
                         self._answer,
                         self._seed,
-                        alone=any(item.authority == "outside" for item in self._exercise.items.values()),
+                        alone=is_counted(self._exercise)
+                        or (self._company is not None and self._company.is_counted(self._exercise)),
                     )
                 )
             loaded = [worker.load(self._cases) for worker in self._workers]

@@ -475,13 +475,19 @@ def excuse(reference: Callable[..., Any], mutant: str, reason: str) -> None:
 
 def find(name: str) -> Exercise:
     """The exercise of that name; KeyError with the nearest names when there is none."""
-    paths = exercise_paths()
-    if name not in paths:
-        import difflib
+    return find_all([name])[0]
 
-        near = difflib.get_close_matches(name, paths, n=3) or sorted(paths)
-        raise KeyError(f"no exercise is named {name!r}; did you mean {', '.join(near)}?")
-    return load(paths[name])
+
+def find_all(names: Sequence[str]) -> list[Exercise]:
+    """The exercises of those names; KeyError as for one."""
+    paths = exercise_paths()
+    for name in names:
+        if name not in paths:
+            import difflib
+
+            near = difflib.get_close_matches(name, paths, n=3) or sorted(paths)
+            raise KeyError(f"no exercise is named {name!r}; did you mean {', '.join(near)}?")
+    return [load(paths[name]) for name in names]
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import hashlib
 import multiprocessing.util
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from llmcourse import checking, likeness, report, source, submission
 from llmcourse.engine import Engine
-from llmcourse.exercise import Exercise, find
+from llmcourse.exercise import Exercise, find, find_all
 from llmcourse.graded import Graded, GradedExercise
 from llmcourse.intake import Taken
 from llmcourse.judging import Outcome, Verdict
@@ -50,7 +51,7 @@ def key_of(plan: Plan, taken: Taken) -> str:
     """A digest of everything a verdict follows from: the content, the exercises as they are now, the run's seed."""
     digest = hashlib.sha256()
     parts: list[object] = [plan.seed, plan.version, taken.raw, taken.refused, taken.notes, taken.submitted_at]
-    parts += [find(name).source for name in plan.teacher.names]
+    parts += [exercise.source for exercise in find_all(plan.teacher.names)]
     for part in parts:
         digest.update(part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass"))
         digest.update(b"\0")
@@ -61,7 +62,7 @@ def mark(plan: Plan, taken: Taken) -> Graded:
     """Judge a submission. HarnessFault when the judge fails twice, in two engines."""
     began = time.perf_counter()
     os.environ["LLMCOURSE_LESSONS"] = plan.lessons
-    exercises = [find(name) for name in plan.teacher.names]
+    exercises = find_all(plan.teacher.names)
     record = Graded(
         taken.student, plan.assignment, key_of(plan, taken), submitted_at=taken.submitted_at, run=plan.run
     )
@@ -107,7 +108,7 @@ def again(plan: Plan, taken: Taken, graded: Graded) -> Graded:
     found = _read(plan, taken)
     assert not isinstance(found, str), "only what was judged can be inconclusive"
     open_ = [one.name for one in graded.exercises if one.verdict == "inconclusive"]
-    verdicts, _ = _judged(plan, found, [find(name) for name in open_])
+    verdicts, _ = _judged(plan, found, find_all(open_))
     anew = {verdict.name: _graded(verdict, found) for verdict in verdicts}
     for name, one in anew.items():
         if one.verdict == "inconclusive":
@@ -187,9 +188,11 @@ _engines: dict[bool, Engine] = {}
 
 def _engine(plan: Plan) -> Engine:
     if plan.in_jail not in _engines:
-        preload = checking.preloads([find(name) for name in plan.teacher.names])
+        preload = checking.preloads(find_all(plan.teacher.names))
         zygote = Zygote(in_jail=True if plan.in_jail else None)
         _engines[plan.in_jail] = Engine(zygote=zygote, preload=preload)
+        gc.collect()
+        gc.freeze()  # what is imported stays: looking through it would be each submission's
     return _engines[plan.in_jail]
 
 
