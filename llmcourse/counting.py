@@ -25,7 +25,7 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -522,6 +522,7 @@ class MappedFiles:
         self._path = path.rstrip("/")
         # Of another process, whose mounts may be others.
         seen_from, folder = Path("/proc", str(self._pid), "root"), Path(self._path).parent
+        self._place, self._identity = seen_from / self._path.lstrip("/"), ("", "")
         self._in_memory = on_tmpfs(folder, pid)
         self._devices = (
             {_device(os.stat(seen_from / folder.relative_to("/")).st_dev)} if self._in_memory else set()
@@ -553,19 +554,26 @@ class MappedFiles:
         elsewhere = last - first
         if not 0 < elsewhere <= _MAX_PAGES:
             return max(0, size_bytes)
-        for line in self._read("maps").decode(errors="replace").splitlines():
-            bounds, _, _, _, _, *names = line.split(None, 5)
+        for line in self._maps():
+            bounds, _, _, *file = line.split(None, 5)
             begin, end = (int(bound, 16) // page_bytes for bound in bounds.split("-"))
             begin, end = max(begin, first), min(end, last)
-            if begin < end and names and self._is_ours(names[0]):
+            if begin < end and self._is_ours(*file):
                 flags = self._flags(begin, end)
                 own = (flags & _PAGE_PRESENT != 0) & (flags & _PAGE_OF_A_FILE != _PAGE_OF_A_FILE)
                 elsewhere -= end - begin - int(numpy.count_nonzero(own))
         return page_bytes * elsewhere
 
-    def _is_ours(self, name: str) -> bool:
+    def _is_ours(self, device: str, inode: str, name: str = "") -> bool:
         name = name.removesuffix(" (deleted)")
-        return name == self._path or name.startswith(self._path + "/")
+        return name == self._path or name.startswith(self._path + "/") or (device, inode) == self._identity
+
+    def _maps(self) -> list[str]:
+        """What the process has mapped; a file may have another name beside the one that is known."""
+        with suppress(OSError):  # it is not there yet, or no more
+            found = os.stat(self._place, follow_symlinks=False)
+            self._identity = _device(found.st_dev), str(found.st_ino)
+        return self._read("maps").decode(errors="replace").splitlines()
 
     def _read(self, name: str) -> bytes:
         content = Path("/proc", str(self._pid), name).read_bytes()
@@ -587,9 +595,9 @@ class MappedFiles:
         for this process.
         """
         ours, others, unnamed_bytes = [], [], 0
-        for line in self._read("maps").decode(errors="replace").splitlines():
-            bounds, _, _, device, _, *names = line.split(None, 5)
-            if names and self._is_ours(names[0]):
+        for line in self._maps():
+            bounds, _, _, device, *file = line.split(None, 5)
+            if self._is_ours(device, *file):
                 ours.append(bounds)
             elif device == _device_of_shared_memory():
                 unnamed_bytes += _size_bytes(bounds)

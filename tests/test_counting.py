@@ -549,6 +549,16 @@ def test_pages_of_files_are_counted_one_by_one(tmp_path: Path) -> None:
 
 
 @reads_memory
+def test_a_file_is_known_under_another_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(MIB))
+    (tmp_path / "other").hardlink_to(tmp_path / "file")
+    files = counting.MappedFiles(str(tmp_path / "file"))
+    with touched(tmp_path / "other"):
+        (tmp_path / "other").unlink()
+        assert files.resident_bytes() == MIB
+
+
+@reads_memory
 def test_pages_that_were_not_touched_are_not_in_memory(tmp_path: Path) -> None:
     with (tmp_path / "hole").open("w+b") as file:
         file.truncate(64 * MIB)

@@ -832,6 +832,23 @@ def whole_map_touched(path, name):
 
 @mistake(
     map_tensor,
+    "Goes through the whole map under another name of the file; the bytes are the same ones.",
+    fails=["the_rest_left_alone"],
+)
+def another_name_touched(path, name):
+    other = f"{path}.linked"
+    os.link(path, other)
+    with open(other, "rb") as file:
+        os.remove(other)
+        kept = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    zlib.crc32(kept)
+    found = variant()(path, name)
+    found.kept = kept
+    return found
+
+
+@mistake(
+    map_tensor,
     "Returns a slice of a tensor of the whole file, whose storage is all of it: torch.save would write the file.",
     fails=WHEREVER_A_TENSOR_IS,
 )
